@@ -1,0 +1,201 @@
+"""Rows as SFTTrainer would tokenise them: the ids that are scored are the ids that are trained on."""
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import is_conversational
+
+
+EMPTY_COMPLETION = "no target token"
+PROMPT_FILLS_LENGTH = "prompt fills max_length"
+
+
+@dataclass
+class _SFTPreparation:
+    # What `SFTTrainer._prepare_dataset` reads from its trainer. Calling TRL's own preparation, rather than one that
+    # resembles it, is what makes a standalone annotation fit the training.
+    _tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None
+    completion_only_loss: bool
+
+
+def prepare_processing_class(processing_class: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedTokenizerBase:
+    """
+    Applies `args.eos_token` and `args.chat_template_path` to a copy of the tokenizer, as SFTTrainer does to its own.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the instruct model.
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: The tokenizer to tokenise with.
+
+    Raises:
+        `ValueError`: If the chat template is to be cloned from another tokenizer, or the end-of-sequence token is
+            unknown.
+    """
+    tokenizer = copy.deepcopy(processing_class)
+    if args.chat_template_path is not None:
+        if not (os.path.isfile(args.chat_template_path) and args.chat_template_path.endswith((".jinja", ".j2"))):
+            raise ValueError(
+                f"`chat_template_path` names `{args.chat_template_path}`, which is no Jinja file. Cloning a template "
+                "from another tokenizer adds tokens to the base model that the instruct model does not have. Leave "
+                "it unset (the instruct model's template is used), or give a `.jinja` file."
+            )
+        with open(args.chat_template_path, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"`eos_token` is {args.eos_token!r}, which is not in the instruct model's vocabulary. Leave it unset, "
+                "or name the token that ends a turn in its chat format."
+            )
+        tokenizer.eos_token = args.eos_token
+    return tokenizer
+
+
+def tokenize_dataset(
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    *,
+    formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    dataset_name: str = "train",
+) -> Dataset:
+    """
+    Tokenises a dataset with SFTTrainer's own preparation, in the original order, without truncation or packing.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Any dataset SFTTrainer takes: language modeling or prompt-completion, standard or conversational, or
+            already tokenised.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the instruct model.
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+        formatting_func (`Callable`, *optional*):
+            SFTTrainer's formatting function.
+        dataset_name (`str`, *optional*, defaults to `"train"`):
+            Name of the dataset in progress bars.
+
+    Returns:
+        [`~datasets.Dataset`]: The dataset with the columns `input_ids` and `labels`.
+
+    Raises:
+        `ValueError`: If the dataset is empty, or `assistant_only_loss` is set for data that is not conversational.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"The {dataset_name} dataset is empty. Check its path, split and `max_samples`.")
+    example = dataset[0]
+    _check_columns(example, args, formatting_func, dataset_name)
+    chat_template = None
+    if args.assistant_only_loss:
+        if not is_conversational(example) and "input_ids" not in example:
+            raise ValueError(
+                f"`assistant_only_loss=True`, but the {dataset_name} dataset is not conversational. Unset it, or give "
+                "rows of messages with roles."
+            )
+        if not has_generation_markers(processing_class.chat_template):
+            chat_template = get_training_chat_template(processing_class)
+    completion_only_loss = args.completion_only_loss
+    if completion_only_loss is None:
+        completion_only_loss = "prompt" in example and "completion" in example
+    sft_args = copy.copy(args)
+    sft_args.max_length, sft_args.shuffle_dataset = None, False
+    preparation = _SFTPreparation(processing_class, chat_template, completion_only_loss)
+    return SFTTrainer._prepare_dataset(
+        preparation, dataset, processing_class, sft_args, False, formatting_func, dataset_name
+    )
+
+
+def _check_columns(
+    example: dict[str, Any], args: SFTConfig, formatting_func: Callable | None, dataset_name: str
+) -> None:
+    known = {"input_ids", "messages", "conversations", args.dataset_text_field}
+    if formatting_func is None and not known & example.keys() and not {"prompt", "completion"} <= example.keys():
+        raise ValueError(
+            f"The {dataset_name} dataset has the columns {sorted(example)}, and none that can be trained on. Name them "
+            f"`prompt` and `completion`, `messages` or `{args.dataset_text_field}`, or map them in the recipe with "
+            "`prompt_column` and `completion_column`."
+        )
+    if "image" in example or "images" in example:
+        raise ValueError(
+            f"The {dataset_name} dataset holds images. GIFT is defined for text; remove the image columns."
+        )
+
+
+def truncate_rows(dataset: Dataset, args: SFTConfig) -> tuple[Dataset, int]:
+    """
+    Cuts `input_ids` and `labels` to `args.max_length` tokens, as SFTTrainer does.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Tokenised dataset.
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+
+    Returns:
+        `tuple[Dataset, int]`: The dataset and the number of rows that were cut.
+    """
+    if args.max_length is None:
+        return dataset, 0
+    too_long = sum(len(ids) > args.max_length for ids in dataset["input_ids"])
+    if too_long:
+        kept = token_slice(args)
+        with PartialState().main_process_first():
+            dataset = dataset.map(
+                lambda row: {"input_ids": row["input_ids"][kept], "labels": row["labels"][kept]},
+                num_proc=args.dataset_num_proc,
+                desc="Truncating",
+            )
+    return dataset, too_long
+
+
+def token_slice(args: SFTConfig) -> slice:
+    """
+    The part of a row that truncation keeps.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+
+    Returns:
+        `slice`: Slice of a row's tokens.
+    """
+    if args.max_length is None:
+        return slice(None)
+    return slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(None, args.max_length)
+
+
+def find_rows_with_targets(dataset: Dataset, truncated_from: Dataset) -> tuple[list[int], dict[str, int]]:
+    """
+    Finds the rows in which a token is predicted, and counts the others by reason.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Tokenised and truncated dataset.
+        truncated_from ([`~datasets.Dataset`]):
+            The same rows before truncation, which tell an empty completion from one that was cut off.
+
+    Returns:
+        `tuple[list[int], dict[str, int]]`: Indices of the rows to keep, and the number of the others by reason.
+    """
+    kept, dropped = [], {}
+    for i, (labels, whole) in enumerate(zip(dataset["labels"], truncated_from["labels"], strict=True)):
+        # Nothing predicts position 0, so a label there is no target
+        if any(label != -100 for label in labels[1:]):
+            kept.append(i)
+        else:
+            reason = PROMPT_FILLS_LENGTH if any(label != -100 for label in whole[1:]) else EMPTY_COMPLETION
+            dropped[reason] = dropped.get(reason, 0) + 1
+    return kept, dropped

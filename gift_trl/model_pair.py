@@ -1,0 +1,213 @@
+"""What a base model and its instruct model must share for GIFT: shapes, vocabulary, and how a turn ends."""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl.trainer.utils import get_config_model_id
+
+
+# Named in the error when they differ. Everything else that matters shows in the parameter shapes.
+_DIMENSIONS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def load_config(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedConfig:
+    """
+    Configuration of a model that is given by name, by folder or as an object; reads no weights.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model id, checkpoint folder or instantiated model.
+        kwargs (`dict[str, Any]`):
+            Keyword arguments of [`~transformers.AutoConfig.from_pretrained`], such as `revision`.
+
+    Returns:
+        [`~transformers.PreTrainedConfig`]: The configuration.
+
+    Raises:
+        `FileNotFoundError`: If there is neither such a folder nor such a repository within reach.
+    """
+    if not isinstance(model, str):
+        return model.config
+    try:
+        return AutoConfig.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"`{model}` has no readable model configuration: {str(error).splitlines()[0]} Give a folder that "
+            "`save_pretrained` wrote, or the id of a model repository on the Hub."
+        ) from error
+
+
+def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """
+    Tokenizer that belongs to a model given by name, by folder or as an object.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model id, checkpoint folder, or a model that remembers where it was loaded from.
+        kwargs (`dict[str, Any]`):
+            Keyword arguments of [`~transformers.AutoTokenizer.from_pretrained`], such as `revision`.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
+
+    Raises:
+        `ValueError`: If no tokenizer can be found there.
+    """
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    try:
+        if not name:
+            raise OSError("the model was built in memory and names no checkpoint.")
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer was found for the model `{name}`: {str(error).splitlines()[0]} Pass the instruct model's "
+            "tokenizer as `processing_class`."
+        ) from error
+
+
+def check_same_architecture(
+    model: str | PreTrainedModel,
+    other: str | PreTrainedModel,
+    *,
+    model_kwargs: dict[str, Any] | None = None,
+    other_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """
+    Checks from the configurations alone that two models have the same architecture and vocabulary size.
+
+    GIFT trains an adapter on the base model and adds it to the instruct model: θ'_I = θ_I + M(φ) needs every parameter
+    of one to exist, in the same shape, in the other.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model to be trained, usually the base model.
+        other (`str` or [`~transformers.PreTrainedModel`]):
+            Model it is paired with, usually the instruct model.
+        model_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments to load the configuration of `model` with.
+        other_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments to load the configuration of `other` with.
+
+    Raises:
+        `ValueError`: If they differ; the message names what differs.
+    """
+    config = load_config(model, **(model_kwargs or {})).get_text_config()
+    other_config = load_config(other, **(other_kwargs or {})).get_text_config()
+    differences = [
+        f"{key} ({getattr(config, key, None)} against {getattr(other_config, key, None)})"
+        for key in _DIMENSIONS
+        if getattr(config, key, None) != getattr(other_config, key, None)
+    ]
+    if not differences:
+        differences = _shape_differences(config, other_config)
+    if differences:
+        names = [m if isinstance(m, str) else get_config_model_id(m.config) or "(in memory)" for m in (model, other)]
+        raise ValueError(
+            f"The models `{names[0]}` and `{names[1]}` do not fit together; they differ in {', '.join(differences)}. "
+            "GIFT needs a base model and the instruct model that was post-trained from it. Name the matching pair."
+        )
+
+
+def _shape_differences(config: PreTrainedConfig, other_config: PreTrainedConfig) -> list[str]:
+    shapes = []
+    for c in (config, other_config):
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(c)
+        shapes.append({name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()})
+    names = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
+    return [f"{name} (shape {shapes[0].get(name)} against {shapes[1].get(name)})" for name in sorted(names)[:3]]
+
+
+def check_same_vocabulary(base_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Checks that the tokenizers of the base and the instruct model give the same meaning to the same id.
+
+    Instruct models rename reserved tokens (`<unused5>` becomes `<start_of_turn>`), so ids that one of the two declares
+    as added tokens may differ; ordinary tokens may not.
+
+    Args:
+        base_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the base model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the instruct model.
+
+    Raises:
+        `ValueError`: If an ordinary token id means something else in the two; the message shows the first ones.
+    """
+    tokens, base_tokens = ({i: token for token, i in t.get_vocab().items()} for t in (tokenizer, base_tokenizer))
+    added = set(tokenizer.added_tokens_decoder) | set(base_tokenizer.added_tokens_decoder)
+    conflicts = [i for i in sorted((tokens.keys() & base_tokens.keys()) - added) if tokens[i] != base_tokens[i]]
+    if conflicts:
+        shown = ", ".join(f"{i} ({base_tokens[i]!r} against {tokens[i]!r})" for i in conflicts[:3])
+        raise ValueError(
+            f"The base and the instruct model do not share a vocabulary: {len(conflicts)} token ids mean something "
+            f"else, the first being {shown}. GIFT feeds the same ids to both models. Name the base model that this "
+            "instruct model was post-trained from."
+        )
+
+
+def end_of_turn_token_ids(
+    tokenizer: PreTrainedTokenizerBase, model: str | PreTrainedModel | None = None, **kwargs: Any
+) -> list[int]:
+    """
+    Token ids that end a turn: the tokenizer's `eos_token` and every id at which the model's generation stops.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the instruct model.
+        model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Instruct model, whose generation configuration may list further ids (Llama 3 lists three).
+        kwargs (`dict[str, Any]`):
+            Keyword arguments of [`~transformers.GenerationConfig.from_pretrained`], such as `revision`.
+
+    Returns:
+        `list[int]`: Sorted token ids; empty if neither names one.
+    """
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if isinstance(model, str):
+        try:
+            generation_config = GenerationConfig.from_pretrained(model, **kwargs)
+        except OSError:  # a checkpoint need not have one
+            generation_config = None
+    else:
+        generation_config = None if model is None else model.generation_config
+    stop = None if generation_config is None else generation_config.eos_token_id
+    if stop is not None:
+        ids.update(stop if isinstance(stop, list) else [stop])
+    return sorted(ids)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """
+    Number of rows of the input embedding, above which a token id cannot be embedded.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+
+    Returns:
+        `int`: Number of rows.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, torch.nn.Module):
+        raise TypeError(f"{type(model).__name__} has no input embedding; GIFT needs a causal language model.")
+    return embedding.weight.shape[0]

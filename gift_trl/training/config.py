@@ -1,0 +1,143 @@
+"""Configuration of the GIFT trainer."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+
+WEIGHT_NORMALIZATIONS = ("weights", "tokens", "microbatch")
+ANNOTATORS = ("instruct", "base")
+
+
+@dataclass
+class GIFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`GIFTSFTTrainer`].
+
+    This class includes only the parameters that are specific to GIFT, Guided Fine-Tuning and Transfer
+    ([paper](https://huggingface.co/papers/2605.01256)). Every parameter of [`~trl.SFTConfig`] is inherited.
+
+    The loss of a target token is its cross-entropy ℓ times the weight `w = max(q, confidence_floor) **
+    confidence_exponent`, where q is the probability the instruct model gives to the token. Baselines of the paper are
+    settings: `confidence_exponent=0` is Shadow-FT, `annotator="base"` is GIFT-BaseT, and `confidence_exponent=0` with
+    the instruct model as the model to train is Instruct-SFT.
+
+    Parameters:
+        > Parameters that control the instruct model
+
+        instruct_model_name_or_path (`str`, *optional*):
+            Hub id or folder of the instruct model: it scores the target tokens, its tokenizer and chat template are
+            used for both models, and the adapter is to be merged into it. Not needed for a dataset that already has
+            a `confidences` column.
+        instruct_model_revision (`str`, *optional*):
+            Revision of the instruct model on the Hub (branch name, tag or commit hash).
+        instruct_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the instruct model is
+            loaded from a name. Without a `dtype`, it is loaded in the dtype of its checkpoint.
+        annotator (`str`, *optional*, defaults to `"instruct"`):
+            Which model scores the target tokens: `"instruct"`, or `"base"`, the model to be trained before training
+            (GIFT-BaseT in the paper). Tokenizer and chat template are the instruct model's in both cases.
+
+        > Parameters that control the token weights
+
+        confidence_exponent (`float`, *optional*, defaults to `1.0`):
+            Exponent of the confidence. `1.0` is the paper's method, `0.0` gives every token the weight 1.
+        confidence_floor (`float`, *optional*, defaults to `1e-4`):
+            Smallest confidence before the exponent is applied, between 0 and 1.
+        eos_confidence (`float` or `None`, *optional*, defaults to `1.0`):
+            Confidence of the tokens that end a turn, in place of the annotated one: the instruct model often ends its
+            own answers elsewhere, and an adapter that never learns to stop is of no use. `None` keeps the annotated
+            confidence.
+        weight_normalization (`str`, *optional*, defaults to `"weights"`):
+            What the sum Σ w·ℓ of an optimizer step is divided by:
+
+            - `"weights"`: Σ w over the whole optimizer step, that is over gradient accumulation steps and processes.
+              The gradient does not depend on how the batch is cut.
+            - `"tokens"`: the number of target tokens of the whole optimizer step, as SFTTrainer does: the paper's
+              equation up to a constant. Exact however the batch is cut, too.
+            - `"microbatch"`: Σ w of each forward pass, averaged over accumulation steps and processes, as in the
+              paper's released code (which does not divide by the accumulation steps). The gradient depends on how the
+              batch is cut.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "instruct_model_init_kwargs"]
+
+    # Parameters that control the instruct model
+    instruct_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of the instruct model: it scores the target tokens, its tokenizer and chat "
+            "template are used for both models, and the adapter is to be merged into it."
+        },
+    )
+    instruct_model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Revision of the instruct model on the Hub (branch name, tag or commit hash)."},
+    )
+    instruct_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the instruct model is loaded "
+            "from a name. Without a `dtype`, it is loaded in the dtype of its checkpoint."
+        },
+    )
+    annotator: str = field(
+        default="instruct",
+        metadata={
+            "help": "Which model scores the target tokens: 'instruct', or 'base', the model to be trained before "
+            "training (GIFT-BaseT in the paper).",
+            "choices": ANNOTATORS,
+        },
+    )
+
+    # Parameters that control the token weights
+    confidence_exponent: float = field(
+        default=1.0,
+        metadata={"help": "Exponent of the confidence. 1 is the paper's method, 0 gives every token the weight 1."},
+    )
+    confidence_floor: float = field(
+        default=1e-4,
+        metadata={"help": "Smallest confidence before the exponent is applied, between 0 and 1."},
+    )
+    eos_confidence: float | None = field(
+        default=1.0,
+        metadata={
+            "help": "Confidence of the tokens that end a turn, in place of the annotated one. None keeps the "
+            "annotated confidence."
+        },
+    )
+    weight_normalization: str = field(
+        default="weights",
+        metadata={
+            "help": "What the sum of weighted losses of an optimizer step is divided by: 'weights' (the sum of the "
+            "weights of the whole optimizer step), 'tokens' (its number of target tokens: the paper's equation up to "
+            "a constant) or 'microbatch' (the sum of the weights of each forward pass, as in the paper's released "
+            "code).",
+            "choices": WEIGHT_NORMALIZATIONS,
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (math.isfinite(self.confidence_exponent) and self.confidence_exponent >= 0):
+            raise ValueError(
+                f"`confidence_exponent` is {self.confidence_exponent}; it must be a finite number of at least 0 (1 is "
+                "the paper's method, 0 plain cross-entropy)."
+            )
+        if not 0 <= self.confidence_floor <= 1:
+            raise ValueError(
+                f"`confidence_floor` is {self.confidence_floor}; it is a probability and must lie between 0 and 1."
+            )
+        if self.eos_confidence is not None and not 0 <= self.eos_confidence <= 1:
+            raise ValueError(
+                f"`eos_confidence` is {self.eos_confidence}; it is a probability and must lie between 0 and 1, or be "
+                "None to keep the annotated confidence."
+            )
+        if self.weight_normalization not in WEIGHT_NORMALIZATIONS:
+            raise ValueError(
+                f"`weight_normalization` is {self.weight_normalization!r}; choose one of {WEIGHT_NORMALIZATIONS}."
+            )
+        if self.annotator not in ANNOTATORS:
+            raise ValueError(f"`annotator` is {self.annotator!r}; choose one of {ANNOTATORS}.")

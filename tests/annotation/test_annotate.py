@@ -1,0 +1,208 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from trl import SFTConfig, SFTTrainer
+
+from gift_trl import annotate_dataset
+from gift_trl.annotation import load_annotated_dataset, read_provenance, save_annotated_dataset
+from gift_trl.annotation.scoring import score_tokens, token_budget_batches
+
+
+def reference_confidences(folder, input_ids, labels):
+    """Batch 1, whole logits, float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    rows = []
+    for ids, targets in zip(input_ids, labels, strict=True):
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1).exp()
+        q = [0.0] * len(ids)
+        for t in range(1, len(ids)):
+            if targets[t] != -100:
+                q[t] = p[t - 1, ids[t]].item()
+        rows.append(q)
+    return rows
+
+
+def text_rows(conversations):
+    return Dataset.from_dict({"text": [row["completion"][0]["content"] for row in conversations]})
+
+
+@pytest.mark.parametrize("kind", ["conversations", "text", "prompt-completion", "messages", "assistant-only"])
+def test_confidences_are_the_instruct_model_s_probabilities(pair, conversations, kind):
+    args = SFTConfig(bf16=False, assistant_only_loss=kind == "assistant-only")
+    if kind == "text":
+        dataset = text_rows(conversations)
+    elif kind == "prompt-completion":
+        dataset = conversations.map(
+            lambda row: {"prompt": row["prompt"][0]["content"], "completion": " " + row["completion"][0]["content"]},
+            remove_columns=conversations.column_names,
+        )
+    elif kind in ("messages", "assistant-only"):
+        dataset = conversations.map(
+            lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=conversations.column_names
+        )
+    else:
+        dataset = conversations
+    annotated = annotate_dataset(dataset, pair[1], args=args, tokens_per_batch=100)
+    expected = reference_confidences(pair[1], annotated["input_ids"], annotated["labels"])
+    targets = 0
+    for row, q in zip(annotated, expected, strict=True):
+        assert row["confidences"][0] == 0.0
+        assert len(row["confidences"]) == len(row["input_ids"])
+        np.testing.assert_allclose(row["confidences"], q, rtol=1e-5, atol=0)
+        targets += sum(label != -100 for label in row["labels"][1:])
+    # A test on uniform probabilities would show little
+    flat = np.array([c for row in annotated["confidences"] for c in row])
+    assert (flat > 0).sum() == targets
+    assert flat.max() > 0.9 and flat[flat > 0].min() < 0.05
+
+
+def test_tokenised_as_sft_trainer_does(pair, tokenizer, conversations, tmp_path):
+    args = SFTConfig(str(tmp_path), bf16=False, max_length=24, report_to="none")
+    sft = SFTTrainer(pair[0], args, train_dataset=conversations, processing_class=tokenizer)
+    annotated = annotate_dataset(conversations, pair[1], args=args)
+    assert annotated["input_ids"][:] == sft.train_dataset["input_ids"][:]
+    assert annotated["labels"][:] == sft.train_dataset["labels"][:]
+
+
+def test_columns_order_and_format(pair, conversations):
+    annotated = annotate_dataset(conversations, pair[1])
+    assert annotated.column_names == ["prompt", "completion", "input_ids", "labels", "confidences"]
+    assert str(annotated.features["confidences"].feature.dtype) == "float32"
+    assert annotated["completion"][:] == conversations["completion"][:]
+
+
+def test_batching_does_not_change_confidences(pair, conversations):
+    one, all_at_once = (annotate_dataset(conversations, pair[1], tokens_per_batch=n) for n in (1, 10_000))
+    for a, b in zip(one["confidences"], all_at_once["confidences"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_batches_hold_every_row_within_the_budget():
+    lengths = [5, 50, 7, 7, 30, 1, 12, 50]
+    batches = token_budget_batches(lengths, 60)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[row] for row in batch) <= 60 for batch in batches)
+    assert len(batches) < len(lengths)
+
+
+def test_loaded_model_is_left_as_it_was(pair, conversations):
+    model = AutoModelForCausalLM.from_pretrained(pair[1]).train()
+    annotate_dataset(conversations, model)
+    assert model.training
+    assert "forward" not in model.__dict__
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 384)
+
+
+def test_rows_without_targets_are_counted_by_reason(pair, conversations):
+    long = {
+        "prompt": [{"role": "user", "content": "word " * 100}],
+        "completion": [{"role": "assistant", "content": "Yes."}],
+    }
+    dataset = Dataset.from_list([*conversations.select(range(3)), long])
+    annotated = annotate_dataset(dataset, pair[1], args=SFTConfig(bf16=False, max_length=60))
+    (provenance,) = read_provenance(annotated)
+    assert provenance.rows == len(annotated) == 3
+    assert provenance.dropped == {"prompt fills max_length": 1}
+    masked = annotate_dataset(
+        Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, -100, -100], [-100, 9]]}), pair[1]
+    )
+    assert read_provenance(masked)[0].dropped == {"no target token": 1}
+
+
+def test_rows_to_be_packed_are_scored_whole(pair, conversations):
+    args = SFTConfig(bf16=False, max_length=30, packing=True)
+    whole = annotate_dataset(conversations, pair[1], args=args)
+    assert max(len(ids) for ids in whole["input_ids"]) > 30
+    assert read_provenance(whole)[0].truncated == 0
+    cut = annotate_dataset(conversations, pair[1], args=args, packing=False)
+    assert max(len(ids) for ids in cut["input_ids"]) == 30
+    assert read_provenance(cut)[0].truncated > 0
+
+
+def test_bfloat16_is_as_close_as_a_plain_bfloat16_pass(pair, conversations):
+    exact = annotate_dataset(conversations, pair[1])
+    rough = annotate_dataset(conversations, pair[1], model_init_kwargs={"dtype": "bfloat16"})
+    assert read_provenance(rough)[0].dtype == "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.bfloat16).eval()
+    ours, plain = 0.0, 0.0
+    for row, q32, q16 in zip(rough, exact["confidences"], rough["confidences"], strict=True):
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            p = model(input_ids=ids[None]).logits[0].float().softmax(-1)
+        loop = torch.zeros(len(ids)).index_copy(0, torch.arange(1, len(ids)), p[:-1].gather(1, ids[1:, None])[:, 0])
+        loop = loop.where(torch.tensor(row["labels"]) != -100, 0.0)
+        ours += (torch.tensor(q16) - torch.tensor(q32)).square().sum().item()
+        plain += (loop - torch.tensor(q32)).square().sum().item()
+    assert 0 < ours <= plain * 1.1
+
+
+def test_provenance_travels_with_the_dataset(pair, conversations, tmp_path):
+    annotated = annotate_dataset(conversations, pair[1])
+    (provenance,) = read_provenance(annotated)
+    assert provenance.model == "instruct"
+    assert provenance.end_of_turn_token_ids == [2]
+    moved = annotated.shuffle(seed=0).select(range(4)).map(lambda row: {"extra": 1})
+    assert read_provenance(moved) == [provenance]
+    save_annotated_dataset(annotated, tmp_path / "annotated")
+    loaded = load_annotated_dataset(tmp_path / "annotated")
+    assert read_provenance(loaded) == [provenance]
+    assert loaded.to_list() == annotated.to_list()
+    # Any tool opens it, without the provenance
+    assert load_dataset(str(tmp_path / "annotated"), split="train")["confidences"][:] == annotated["confidences"][:]
+    with pytest.raises(FileExistsError):
+        save_annotated_dataset(annotated, tmp_path / "annotated")
+
+
+def test_nan_is_refused_with_the_row(pair, conversations):
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[300] = float("nan")
+    good = [[5, 6, 7]] * 4
+    with pytest.raises(ValueError, match=r"NaN or infinite probabilities for 1 rows, the first being row 17"):
+        score_tokens(model, [*good, [5, 300, 7]], [*good, [5, 300, 7]], row_names=[3, 5, 8, 9, 17])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"input_ids": [[5, 6], [5, 999]]}, r"Row 1 holds the token id 999, .* 384 rows"),
+        ({"input_ids": [[5] * 300]}, r"Row 0 is 300 tokens long, but the model has 256 positions. Set `max_length`"),
+        ({"input_ids": [[5, 6]], "labels": [[-100, -100]]}, r"No row of the train dataset has a token to learn from"),
+        ({"question": ["a"]}, r"columns \['question'\], and none that can be trained on"),
+        ({"text": ["a"], "image": ["b"]}, r"holds images"),
+        ({"text": []}, r"The train dataset is empty"),
+        ({"input_ids": [[5, 6]], "confidences": [[0.0, 0.1]]}, r"already has a `confidences` column"),
+    ],
+)
+def test_bad_rows(pair, rows, message):
+    with pytest.raises(ValueError, match=message):
+        annotate_dataset(Dataset.from_dict(rows), pair[1])
+
+
+def test_bad_models(pair, conversations, tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no readable model configuration"):
+        annotate_dataset(conversations, str(tmp_path / "nowhere"))
+    bert = BertForMaskedLM(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    bert.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"is a `BertForMaskedLM`, which is no causal language model"):
+        annotate_dataset(conversations, str(tmp_path / "bert"), tokenizer)
+    with pytest.raises(TypeError, match=r"`IterableDataset`, which cannot be scored ahead of training"):
+        annotate_dataset(IterableDataset.from_generator(lambda: iter([{"text": "a"}])), pair[1])
+    with pytest.raises(ValueError, match=r"No tokenizer was found"):
+        annotate_dataset(conversations, AutoModelForCausalLM.from_config(nameless_config(pair)))
+    with pytest.raises(ValueError, match=r"`eos_token` is '<none>'"):
+        annotate_dataset(conversations, pair[1], args=SFTConfig(bf16=False, eos_token="<none>"))
+    with pytest.raises(ValueError, match=r"no Jinja file"):
+        annotate_dataset(conversations, pair[1], args=SFTConfig(bf16=False, chat_template_path=pair[0]))
+
+
+def nameless_config(pair):
+    config = AutoModelForCausalLM.from_pretrained(pair[1]).config
+    config._name_or_path = ""
+    return config

@@ -1,0 +1,134 @@
+"""Session fixtures: a tiny base/instruct pair made from a configuration, with a real tokenizer and chat template."""
+
+import os
+import tempfile
+
+
+# Set before any Hugging Face library is imported: no test talks to the Hub or fills the user's cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="gift_trl_tests_"))
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Threads cost more than they give on matrices this small, and very much more on a machine that is busy
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}"
+    "{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+QUESTIONS = [
+    ("What is two plus two?", "Two plus two is four."),
+    ("Name a colour.", "Blue."),
+    ("Count to five, please.", "One, two, three, four, five."),
+    ("Say hello to the whole wide world in a long sentence.", "Hello, you whole wide world, and good morning to all!"),
+    ("Is water wet?", "Yes."),
+    ("What follows ten?", "Eleven follows ten."),
+    ("Spell cat.", "C, a, t."),
+    ("Which is bigger, one or nine?", "Nine is bigger than one."),
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 384 tokens with a ChatML-like template; its end-of-turn token is no padding token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|pad|>", "<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([text for pair in QUESTIONS for text in pair], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_llama(seed: int, vocab_size: int = 384, **overrides) -> LlamaForCausalLM:
+    """A Llama of two layers with random weights."""
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+
+
+def fit(model: LlamaForCausalLM, rows: list[list[int]], steps: int) -> None:
+    """Trains a model on whole rows, so that its probabilities are neither uniform nor all alike."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    labels = ids.masked_fill(torch.arange(width) >= torch.tensor([[len(row)] for row in rows]), -100)
+    for _ in range(steps):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory, tokenizer) -> tuple[str, str]:
+    """Folders of a base model and of the instruct model post-trained from it."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = make_llama(0)
+    fit(model, [tokenizer(" ".join(pair)).input_ids for pair in QUESTIONS], 40)
+    model.save_pretrained(folder / "base")
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in QUESTIONS[::2]
+    ]
+    fit(model, [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats], 60)
+    model.save_pretrained(folder / "instruct")
+    for name in ("base", "instruct"):
+        tokenizer.save_pretrained(folder / name)
+    return str(folder / "base"), str(folder / "instruct")
+
+
+@pytest.fixture(scope="session")
+def conversations() -> Dataset:
+    """Conversational prompt-completion rows of different lengths."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+            for question, answer in QUESTIONS
+        ]
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer):
+    """Writes a checkpoint like the base model's, with other settings and no training."""
+
+    def make(folder, **overrides):
+        make_llama(0, **overrides).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

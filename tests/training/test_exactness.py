@@ -1,0 +1,174 @@
+"""The loss and its gradients against a float64 formula that shares no code with the trainer."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from gift_trl import annotate_dataset
+
+
+END_OF_TURN = 2  # <|end|>
+
+
+def reference(pair, lora, rows, state_dict, *, exponent, eos, normalization, cuts):
+    """Loss and gradients, token by token in float64, from whole logits of one row at a time."""
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), copy.deepcopy(lora)).double()
+    model.load_state_dict({name: value.double() for name, value in state_dict.items()}, strict=False)
+    model.train()
+    instruct = AutoModelForCausalLM.from_pretrained(pair[1]).double().eval()
+    terms = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q = instruct(input_ids=ids).logits[0].softmax(-1)
+        p = model(input_ids=ids).logits[0].log_softmax(-1)
+        row_terms = []
+        for t in range(1, len(row["input_ids"])):
+            label = row["labels"][t]
+            if label == -100:
+                continue
+            confidence = eos if label == END_OF_TURN and eos is not None else q[t - 1, label].item()
+            row_terms.append((max(confidence, 1e-4) ** exponent, -p[t - 1, label]))
+        terms.append(row_terms)
+    if normalization == "microbatch":
+        loss = 0.0
+        for cut in (terms[i : i + cuts] for i in range(0, len(terms), cuts)):
+            flat = [term for row in cut for term in row]
+            loss = loss + sum(w * nll for w, nll in flat) / sum(w for w, _ in flat)
+        loss = loss / (len(terms) / cuts)
+    else:
+        flat = [term for row in terms for term in row]
+        denominator = sum(w for w, _ in flat) if normalization == "weights" else len(flat)
+        loss = sum(w * nll for w, nll in flat) / denominator
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("eos", [1.0, None], ids=["eos=1", "eos=q"])
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("normalization", ["weights", "tokens", "microbatch"])
+def test_loss_and_gradients(pair, conversations, lora, config, run, relative_difference, normalization, exponent, eos):
+    # "microbatch" is compared on one forward pass, as the released code defines it
+    size = 8 if normalization == "microbatch" else 4
+    args = config(
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=8 // size,
+        weight_normalization=normalization,
+        confidence_exponent=exponent,
+        eos_confidence=eos,
+    )
+    trainer = run(args, conversations)
+    rows = trainer.train_dataset.to_list()
+    assert any(label == -100 for row in rows for label in row["labels"]), "the prompt must be masked"
+    loss, gradients = reference(
+        pair,
+        lora,
+        rows,
+        trainer.recorder.state_dict,
+        exponent=exponent,
+        eos=eos,
+        normalization=normalization,
+        cuts=size,
+    )
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert relative_difference(trainer.recorder.gradients, gradients) < 1e-6
+
+
+def test_microbatch_averages_over_accumulation(conversations, config, run):
+    # At learning rate 0, four steps of one forward pass show the losses that one step of four averages
+    settings = {"per_device_train_batch_size": 2, "weight_normalization": "microbatch", "learning_rate": 0.0}
+    together = run(config(gradient_accumulation_steps=4, **settings), conversations)
+    single = run(config(max_steps=4, **settings), conversations)
+    losses = [entry["loss"] for entry in single.state.log_history if "loss" in entry]
+    assert len(set(losses)) == 4
+    assert together.state.log_history[0]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+
+
+def test_exponent_zero_is_sft(pair, tokenizer, conversations, config, run, relative_difference, adapter_weights):
+    settings = {"max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    gift = run(config(confidence_exponent=0.0, **settings), conversations)
+    fields = {
+        f: getattr(gift.args, f) for f in SFTConfig.__dataclass_fields__ if SFTConfig.__dataclass_fields__[f].init
+    }
+    sft = run(SFTConfig(**fields), conversations, SFTTrainer, processing_class=tokenizer)
+    assert relative_difference(adapter_weights(gift), adapter_weights(sft)) < 1e-6
+    for ours, theirs in zip(gift.state.log_history[:10], sft.state.log_history[:10], strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+        assert ours["nll"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["gift/weight_mean"] == 1.0
+
+
+@pytest.mark.parametrize("normalization", ["weights", "tokens"])
+def test_batch_may_be_cut_anyhow(conversations, config, run, relative_difference, adapter_weights, normalization):
+    weights = {}
+    for size in (8, 4, 2, 1):
+        args = config(
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=3,
+            weight_normalization=normalization,
+        )
+        weights[size] = adapter_weights(run(args, conversations))
+    for size in (4, 2, 1):
+        assert relative_difference(weights[size], weights[8]) < 1e-6
+
+
+def test_a_cut_normalization_is_noticed(conversations, config, run, relative_difference, adapter_weights):
+    # The released code's normalisation must fail the test above, or that test shows nothing
+    weights = [
+        adapter_weights(
+            run(
+                config(
+                    per_device_train_batch_size=size,
+                    gradient_accumulation_steps=8 // size,
+                    max_steps=3,
+                    weight_normalization="microbatch",
+                ),
+                conversations,
+            )
+        )
+        for size in (8, 2)
+    ]
+    assert relative_difference(weights[1], weights[0]) > 1e-4
+
+
+def test_last_incomplete_step_is_trained(conversations, config, run):
+    # 8 rows in batches of 3 with 2 accumulation steps: the second step has one batch of 2 rows
+    trainer = run(
+        config(per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=1),
+        conversations,
+    )
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    lengths = sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert entries[-1]["num_tokens"] == lengths
+
+
+def test_annotating_first_changes_nothing(pair, conversations, config, run, adapter_weights):
+    args = config(max_steps=3, per_device_train_batch_size=4)
+    at_once = adapter_weights(run(args, conversations))
+    annotated = annotate_dataset(conversations, pair[1], args=args)
+    before = adapter_weights(run(config(max_steps=3, per_device_train_batch_size=4), annotated))
+    for name, value in at_once.items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_evaluation_reports_the_weighted_loss(pair, conversations, lora, config, run):
+    trainer = run(config(eval_strategy="steps", eval_steps=1), conversations, eval_dataset=conversations)
+    metrics = trainer.evaluate(conversations)
+    assert metrics["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    state = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    rows = trainer.train_dataset.to_list()
+    options = {"eos": 1.0, "normalization": "weights", "cuts": 8}
+    weighted, _ = reference(pair, lora, rows, state, exponent=1.0, **options)
+    plain, _ = reference(pair, lora, rows, state, exponent=0.0, **options)
+    assert metrics["eval_loss"] == pytest.approx(weighted, rel=1e-6)
+    assert metrics["eval_nll"] == pytest.approx(plain, rel=1e-6)
+    q = [c for row in rows for c, label in zip(row["confidences"], row["labels"], strict=True) if label != -100]
+    assert metrics["eval_gift/confidence_mean"] == pytest.approx(sum(q) / len(q), rel=1e-5)

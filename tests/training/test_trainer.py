@@ -1,0 +1,229 @@
+import json
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from gift_trl import GIFTConfig, GIFTSFTTrainer, annotate_dataset
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if a model's weights are read."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the error")
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", refuse)
+
+
+def construct(pair, config, dataset, **kwargs):
+    return GIFTSFTTrainer(pair[0], kwargs.pop("args", None) or config(), train_dataset=dataset, **kwargs)
+
+
+def test_needs_an_instruct_model_or_confidences(pair, config, conversations, no_weights):
+    with pytest.raises(
+        ValueError, match=r"no instruct model, and the dataset 'train' has no `confidences`.*SFTTrainer"
+    ):
+        construct(pair, config, conversations, args=config(instruct_model_name_or_path=None))
+
+
+def test_evaluation_data_needs_confidences_too(pair, config, conversations):
+    annotated = annotate_dataset(conversations, pair[1])
+    with pytest.raises(ValueError, match=r"the dataset 'eval' has no `confidences`"):
+        construct(pair, config, annotated, args=config(instruct_model_name_or_path=None), eval_dataset=conversations)
+
+
+def test_annotated_data_needs_no_instruct_model(pair, config, conversations, run, adapter_weights):
+    annotated = annotate_dataset(conversations, pair[1], args=config())
+    without = run(config(instruct_model_name_or_path=None, max_steps=2), annotated)
+    with_it = run(config(max_steps=2), annotated)
+    for name, value in adapter_weights(with_it).items():
+        assert torch.equal(value, adapter_weights(without)[name])
+
+
+@pytest.mark.parametrize("given_as", ["argument", "object", "SFTConfig"])
+def test_instruct_model_may_be_given_to_the_constructor(pair, config, conversations, run, given_as):
+    instruct = AutoModelForCausalLM.from_pretrained(pair[1]) if given_as == "object" else pair[1]
+    args = config(instruct_model_name_or_path=None)
+    if given_as == "SFTConfig":
+        names = [name for name, f in SFTConfig.__dataclass_fields__.items() if f.init]
+        args = SFTConfig(**{name: getattr(args, name) for name in names})
+    trainer = run(args, conversations, instruct_model=instruct)
+    expected = run(config(), conversations)
+    assert isinstance(trainer.args, GIFTConfig)
+    assert trainer.state.log_history[0]["loss"] == expected.state.log_history[0]["loss"]
+
+
+def test_gift_base_t_scores_with_the_base_model(pair, config, conversations, run, lora):
+    trainer = run(config(annotator="base"), conversations)
+    expected = annotate_dataset(conversations, pair[0], args=config())
+    assert trainer.train_dataset["confidences"][:] == expected["confidences"][:]
+    # A model that already has an adapter is scored without it
+    from peft import get_peft_model
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), lora)
+    trainer = GIFTSFTTrainer(adapted, config(annotator="base"), train_dataset=conversations)
+    assert trainer.train_dataset["confidences"][:] == expected["confidences"][:]
+    # and data scored by the base model is refused by a run that wants the instruct model's confidences
+    with pytest.raises(ValueError, match=r"were made by `base` for another run: weights"):
+        construct(pair, config, expected)
+
+
+def test_annotations_of_another_run_are_refused(pair, config, conversations):
+    other = AutoTokenizer.from_pretrained(pair[1])
+    other.chat_template = other.chat_template.replace("<|start|>", "<|end|>")
+    annotated = annotate_dataset(conversations, pair[1], other)
+    with pytest.raises(ValueError, match=r"another run: chat_template \(annotated with \w+, this run has \w+\)"):
+        construct(pair, config, annotated)
+
+
+def test_models_that_do_not_fit_are_refused(pair, config, conversations, tmp_path, make_model, no_weights):
+    for name, overrides, message in (
+        ("narrow", {"hidden_size": 16}, r"differ in hidden_size \(32 against 16\)"),
+        ("words", {"vocab_size": 400}, r"differ in vocab_size \(384 against 400\)"),
+        ("bias", {"attention_bias": True}, r"differ in model.layers.0.self_attn.k_proj.bias \(shape None against"),
+    ):
+        make_model(tmp_path / name, **overrides)
+        with pytest.raises(ValueError, match=message):
+            construct(pair, config, conversations, args=config(instruct_model_name_or_path=str(tmp_path / name)))
+
+
+def test_vocabularies_that_differ_are_refused(pair, config, conversations, tmp_path, make_model, no_weights):
+    folder = make_model(tmp_path / "renamed")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ValueError, match=r"do not share a vocabulary: 2 token ids mean something else, .*'a' against 'b'"
+    ):
+        construct(pair, config, conversations, args=config(instruct_model_name_or_path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kwargs", "message"),
+    [
+        ({"loss_type": "dft"}, {}, "`loss_type='dft'` weighs tokens by the trained model's own probability"),
+        ({"label_smoothing_factor": 0.1}, {}, "`label_smoothing_factor` is not defined for the GIFT loss"),
+        ({}, {"compute_loss_func": lambda *a, **k: 0.0}, "`compute_loss_func` would replace the GIFT loss"),
+        (
+            {},
+            {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
+            "`PROMPT_TUNING` adds virtual tokens",
+        ),
+        ({}, {"processing_class": object()}, "`processing_class` is a `object`"),
+    ],
+)
+def test_what_has_no_meaning_for_gift_is_refused(pair, config, conversations, settings, kwargs, message, no_weights):
+    with pytest.raises((ValueError, TypeError), match=message):
+        construct(pair, config, conversations, args=config(**settings), **kwargs)
+
+
+def test_a_collator_that_drops_confidences_is_refused(pair, config, conversations, lora):
+    with pytest.raises(ValueError, match="drops the `confidences` column"):
+        construct(pair, config, conversations, data_collator=DataCollatorForLanguageModeling(pad_token_id=0))
+
+
+def test_streams_need_confidences(pair, config, conversations, run):
+    stream = conversations.to_iterable_dataset()
+    with pytest.raises(TypeError, match="cannot be scored ahead of training"):
+        construct(pair, config, stream)
+    annotated = annotate_dataset(conversations, pair[1], args=config())
+    streamed = run(config(max_steps=2, per_device_train_batch_size=4), annotated.to_iterable_dataset())
+    assert isinstance(streamed.train_dataset, IterableDataset)
+    assert "gift/confidence_mean" in streamed.state.log_history[0]
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packing_carries_confidences(pair, config, run, strategy):
+    # Every confidence tells which token it belongs to
+    rows = [[10 * r + i for i in range(n)] for r, n in enumerate((9, 4, 7, 3, 8), start=1)]
+    dataset = Dataset.from_dict(
+        {"input_ids": rows, "labels": rows, "confidences": [[0.0] + [t / 100 for t in row[1:]] for row in rows]}
+    )
+    trainer = construct(
+        pair,
+        config,
+        dataset,
+        args=config(packing=True, packing_strategy=strategy, max_length=8, instruct_model_name_or_path=None),
+    )
+    packed = trainer.train_dataset
+    assert set(packed.column_names) - {"seq_lengths"} == {"input_ids", "labels", "confidences"}
+    assert len(packed) < len(rows)
+    starts = {row[0] for row in rows}
+    for row in packed:
+        expected = [0.0 if token in starts else token / 100 for token in row["input_ids"]]
+        assert row["confidences"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_truncation_cuts_confidences_alike(pair, config, mode):
+    rows = [list(range(10, 30)), list(range(40, 45))]
+    dataset = Dataset.from_dict({"input_ids": rows, "confidences": [[t / 100 for t in row] for row in rows]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL deprecates keep_end
+        args = config(max_length=6, truncation_mode=mode, instruct_model_name_or_path=None)
+        trainer = construct(pair, config, dataset, args=args)
+    for row in trainer.train_dataset:
+        assert len(row["input_ids"]) <= 6
+        assert row["confidences"] == pytest.approx([t / 100 for t in row["input_ids"]])
+
+
+def test_evaluation_sets_may_be_a_dictionary(pair, config, conversations, lora):
+    trainer = construct(
+        pair,
+        config,
+        conversations,
+        eval_dataset={"a": conversations, "b": conversations.select([0])},
+        peft_config=lora,
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_a_loss", "eval_b_loss", "eval_nll", "eval_gift/confidence_mean"} <= metrics.keys()
+
+
+def test_model_card_names_the_method(pair, config, conversations, run, tmp_path):
+    trainer = run(config(), conversations)
+    trainer.create_model_card(model_name="test")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2605.01256" in card and "gift" in card
+
+
+def test_a_moved_hook_fails_at_construction(pair, config, conversations, monkeypatch):
+    def prepare(self, dataset, tokenizer):
+        return dataset
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", prepare)
+    monkeypatch.delattr(Trainer, "_get_num_items_in_batch")
+    with pytest.raises(
+        RuntimeError, match=r"moved or changed SFTTrainer._prepare_dataset, Trainer._get_num_items_in_batch"
+    ):
+        construct(pair, config, conversations)
+
+
+def test_another_loss_than_the_fused_one_is_noticed(pair, config, conversations, monkeypatch, lora):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    with pytest.raises(RuntimeError, match="ran 0 forward passes with its fused head"):
+        construct(pair, config, conversations, peft_config=lora).train()
+
+
+def test_tokens_of_plain_arguments_survive(pair, conversations, tmp_path, lora):
+    args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, eos_token="<|start|>", hub_token="secret")
+    trainer = GIFTSFTTrainer(pair[0], args, train_dataset=conversations, instruct_model=pair[1], peft_config=lora)
+    assert trainer.args.eos_token == "<|start|>"
+    assert trainer.args.hub_token == "secret"
+
+
+def test_plain_training_arguments_are_completed(pair, conversations, tmp_path, lora):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1, learning_rate=3e-4)
+    trainer = GIFTSFTTrainer(pair[0], args, train_dataset=conversations, instruct_model=pair[1], peft_config=lora)
+    assert trainer.args.learning_rate == 3e-4
+    assert trainer.args.confidence_exponent == 1.0
