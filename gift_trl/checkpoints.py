@@ -111,11 +111,11 @@ def read_header(path: str | os.PathLike) -> tuple[SafetensorsFileMetadata, int]:
     damaged = f"'{path.name}' in '{path.parent}' is not a readable safetensors file: copy or download it again."
     try:
         header = parse_local_safetensors_file_metadata(path)
+        end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
     except (SafetensorsParsingError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(damaged) from error
     with open(path, "rb") as file:
         data_start = 8 + int.from_bytes(file.read(8), "little")
-    end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
     size = path.stat().st_size
     if size != data_start + end:
         raise ValueError(

@@ -139,7 +139,7 @@ def test_index_and_shards_that_disagree(tmp_path):
         safetensors_files(folder)
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "no header", "offsets", "shape", "empty"])
+@pytest.mark.parametrize("damage", ["short", "long", "no header", "offsets", "half an offset", "shape", "empty"])
 def test_damaged_files(tmp_path, damage):
     file = make_single(tmp_path) / "model.safetensors"
     content = file.read_bytes()
@@ -149,6 +149,7 @@ def test_damaged_files(tmp_path, damage):
         "long": content + b"x",
         "no header": b"\xff" * len(content),
         "offsets": content.replace(b"[0,512]", b"[8,512]").replace(b"[64,576]", b"[65,576]"),
+        "half an offset": content.replace(b"[0,512]", b"[      0]"[:7]),
         "shape": content.replace(b"[16,8]", b"[16,9]"),
         "empty": b"",
     }[damage]

@@ -1,0 +1,7 @@
+"""Stage 3: the adapter trained on the base model is added to the instruct model's checkpoint."""
+
+from gift_trl.merging.merge import merge_adapter
+from gift_trl.merging.report import MergeReport
+
+
+__all__ = ["MergeReport", "merge_adapter"]

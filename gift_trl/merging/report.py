@@ -1,0 +1,100 @@
+"""What a merge did: printed at its end, and written beside the weights."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+REPORT_FILE = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """
+    The facts of one merge. Local folders appear by their last name only, so that the file can be published.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the merged checkpoint. Not written to the file.
+        instruct_model (`str`):
+            Hub id or folder name of the instruct model.
+        instruct_model_commit (`str` or `None`):
+            Commit of the Hub repository, `None` for a local folder.
+        instruct_model_fingerprint (`str`):
+            Hash of the instruct weights, see [`~gift_trl.checkpoints.weights_fingerprint`].
+        adapter (`str`):
+            Hub id or folder name of the adapter.
+        adapter_commit (`str` or `None`):
+            Commit of the Hub repository, `None` for a local folder.
+        adapter_fingerprint (`str`):
+            Hash of the adapter weights.
+        adapter_base_model (`str` or `None`):
+            The model that the adapter says it was trained on.
+        adapter_settings (`dict[str, Any]`):
+            The settings that decide the update: type, rank, alpha, their patterns, rank stabilisation, targets.
+        scale (`float`):
+            λ of θ'_I = θ_I + λ·M(φ).
+        merged_tensors (`dict[str, str]`):
+            Name and dtype of every tensor that received an update, in checkpoint order.
+        num_changed (`int`):
+            How many of them differ in value from the instruct model's.
+        num_tensors (`int`):
+            Number of tensors in the checkpoint.
+        num_bytes (`int`):
+            Size of the safetensors files.
+        versions (`dict[str, str]`):
+            Versions of the libraries that did the arithmetic.
+        duration_s (`float`):
+            Seconds from the call to the last tensor.
+        warnings (`tuple[str, ...]`):
+            The warnings given during the merge.
+    """
+
+    output_dir: Path
+    instruct_model: str
+    instruct_model_commit: str | None
+    instruct_model_fingerprint: str
+    adapter: str
+    adapter_commit: str | None
+    adapter_fingerprint: str
+    adapter_base_model: str | None
+    adapter_settings: dict[str, Any]
+    scale: float
+    merged_tensors: dict[str, str]
+    num_changed: int
+    num_tensors: int
+    num_bytes: int
+    versions: dict[str, str]
+    duration_s: float
+    warnings: tuple[str, ...]
+
+    def summary(self) -> str:
+        """
+        The merge in a few lines for the terminal.
+
+        Returns:
+            `str`: Text of a few lines.
+        """
+        settings = self.adapter_settings
+        kind = "rsLoRA" if settings["use_rslora"] else "LoRA"
+        lines = [
+            f"Merged {self.adapter} ({kind}, r={settings['r']}, alpha={settings['lora_alpha']}, scale {self.scale:g}) "
+            f"into {self.instruct_model}",
+            f"  {len(self.merged_tensors)} of {self.num_tensors} tensors updated, {self.num_changed} of them changed in "
+            f"value; {self.num_bytes / 1e9:.2f} GB in {self.duration_s:.1f} s",
+            f"  written to {self.output_dir} (details in {REPORT_FILE})",
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """
+        The report as it is written to `merge_report.json`.
+
+        Returns:
+            `str`: JSON object with every field but `output_dir`.
+        """
+        facts = dataclasses.asdict(self)
+        del facts["output_dir"]
+        return json.dumps(facts, indent=2) + "\n"

@@ -1,0 +1,474 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from merge_helpers import merged_by_peft, same_bits, tensors_of
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
+
+from gift_trl.checkpoints import read_header, safetensors_files, weights_fingerprint
+from gift_trl.merging import merge, merge_adapter, targets
+from gift_trl.scripts.merge import main, make_parser
+
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def assert_same_as_peft(output: Path, instruct: Path, adapter: Path, merged: list[str], scale: float = 1.0) -> None:
+    expected, written, before = merged_by_peft(instruct, adapter, scale), tensors_of(output), tensors_of(instruct)
+    assert list(written) == list(before)
+    for name, tensor in written.items():
+        assert same_bits(tensor, expected[name]), name
+        assert same_bits(tensor, before[name]) == (name not in merged), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("shards", ["1GB", "20KB"], ids=["single", "sharded"])
+def test_same_bits_as_peft(make_checkpoint, make_adapter, tmp_path, architecture, tied, dtype, shards):
+    instruct = make_checkpoint(architecture=architecture, dtype=dtype, max_shard_size=shards, tie_word_embeddings=tied)
+    adapter = make_adapter(instruct, target_modules=ALL_LINEAR)
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert len(report.merged_tensors) == report.num_changed == 14
+    assert (len(safetensors_files(instruct)) > 1) == (shards == "20KB")
+    assert ("lm_head.weight" in tensors_of(instruct)) == (not tied)
+    assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 5}},
+        {"layers_to_transform": [1]},
+        {"target_modules": r".*\.1\..*(q|k)_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "lm_head"], "saving": {"save_embedding_layers": False}},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.05},
+    ],
+    ids=str,
+)
+def test_same_bits_as_peft_for_lora_settings(make_checkpoint, make_adapter, tmp_path, settings):
+    instruct = make_checkpoint(dtype=torch.bfloat16)
+    adapter = make_adapter(instruct, **settings)
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_as_peft_for_transposed_weights(make_checkpoint, make_adapter, tmp_path, dtype):
+    instruct = make_checkpoint(architecture="gpt2", dtype=dtype)
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        adapter = make_adapter(instruct, target_modules=["c_attn", "c_fc", "c_proj"])
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert len(report.merged_tensors) == 8
+    assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_as_peft_for_a_bf16_adapter(make_checkpoint, make_adapter, tmp_path, dtype):
+    instruct = make_checkpoint(dtype=dtype)
+    adapter = make_adapter(instruct, dtype=torch.bfloat16)
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
+
+
+@pytest.mark.parametrize("scale", [0.5, -1.0, 1.7])
+def test_scale_multiplies_the_update(make_checkpoint, make_adapter, tmp_path, scale):
+    instruct = make_checkpoint(dtype=torch.bfloat16)
+    adapter = make_adapter(instruct)
+    report = merge_adapter(adapter, instruct, tmp_path / "merged", scale=scale)
+    assert report.scale == scale
+    assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors), scale)
+
+
+def test_every_tensor_keeps_its_own_dtype(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(dtype=torch.bfloat16)
+    adapter = make_adapter(instruct)
+    file = instruct / "model.safetensors"
+    dtypes = {"model.layers.0.self_attn.q_proj.weight": torch.float16, "model.norm.weight": torch.float32}
+    dtypes["model.layers.1.mlp.down_proj.weight"] = torch.float32
+    save_file({name: t.to(dtypes.get(name, t.dtype)) for name, t in load_file(file).items()}, file, {"format": "pt"})
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert set(report.merged_tensors.values()) == {"bfloat16", "float16", "float32"}
+    assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
+
+
+def test_checkpoint_names_without_the_model_prefix(make_checkpoint, make_adapter, tmp_path):
+    # As GPT-2 is published: the names in the file lack `transformer.`, transformers adds it.
+    instruct = make_checkpoint(architecture="gpt2")
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        adapter = make_adapter(instruct, target_modules=["c_attn"])
+    file = instruct / "model.safetensors"
+    save_file({name.removeprefix("transformer."): t for name, t in load_file(file).items()}, file, {"format": "pt"})
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert list(report.merged_tensors) == ["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight"]
+    expected = merged_by_peft(instruct, adapter)
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        assert same_bits(tensor, expected[f"transformer.{name}"]), name
+
+
+def test_files_outside_the_targets_keep_every_byte(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(max_shard_size="20KB")
+    for file in safetensors_files(instruct):  # metadata beyond the usual must survive
+        save_file(load_file(file), file, metadata={"format": "pt", "origin": file.name})
+    adapter = make_adapter(instruct, target_modules=["q_proj"], layers_to_transform=[0])
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert list(report.merged_tensors) == ["model.layers.0.self_attn.q_proj.weight"]
+    changed = []
+    for file in safetensors_files(instruct):
+        copy = tmp_path / "merged" / file.name
+        before, after = file.read_bytes(), copy.read_bytes()
+        data_start = read_header(file)[1]
+        assert before[:data_start] == after[:data_start] and len(before) == len(after)
+        with safe_open(copy, framework="pt") as opened:
+            assert opened.metadata()["origin"] == file.name
+        changed += [file.name] if before != after else []
+    assert len(changed) == 1
+
+
+def test_merged_model_equals_the_adapter_at_run_time(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(architecture="qwen2", tie_word_embeddings=True)
+    adapter = make_adapter(instruct, target_modules=ALL_LINEAR)
+    merge_adapter(adapter, instruct, tmp_path / "merged")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        original = AutoModelForCausalLM.from_pretrained(instruct)
+        before = original(ids).logits
+        expected = PeftModel.from_pretrained(original, adapter).eval()(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - before).abs().max() > 0.01
+
+
+def test_companion_files(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    (instruct / "README.md").write_text("card of another model")
+    for name in (
+        "pytorch_model.bin",
+        "model.gguf",
+        ".gitattributes",
+        "merge_report.json",
+        "pytorch_model.bin.index.json",
+    ):
+        (instruct / name).write_text("x")
+    for folder in ("original", ".git", "additional_chat_templates"):
+        (instruct / folder).mkdir()
+        (instruct / folder / "tool.jinja").write_text("x")
+    before = {file: file.read_bytes() for file in instruct.rglob("*") if file.is_file()}
+    merge_adapter(adapter, instruct, tmp_path / "merged")
+    written = {str(f.relative_to(tmp_path / "merged")): f for f in (tmp_path / "merged").rglob("*") if f.is_file()}
+    kept = {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer_config.json", "LICENSE"}
+    kept |= {"additional_chat_templates/tool.jinja"}
+    assert set(written) == kept | {"model.safetensors", "merge_report.json"}
+    for name in kept:
+        assert written[name].read_bytes() == (instruct / name).read_bytes()
+    assert {file: file.read_bytes() for file in instruct.rglob("*") if file.is_file()} == before
+
+
+def test_report(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(dtype=torch.bfloat16)
+    adapter = make_adapter(instruct, use_rslora=True)
+    report = merge_adapter(adapter, instruct, tmp_path / "merged", scale=0.5)
+    text = (tmp_path / "merged" / "merge_report.json").read_text()
+    facts = json.loads(text)
+    assert text == report.to_json()
+    assert str(tmp_path) not in text
+    assert (facts["instruct_model"], facts["adapter"], facts["adapter_base_model"]) == (
+        "instruct",
+        "adapter",
+        "instruct",
+    )
+    assert facts["instruct_model_fingerprint"] == weights_fingerprint(instruct)
+    assert facts["adapter_fingerprint"] == weights_fingerprint(adapter)
+    assert facts["adapter_settings"]["r"] == 4 and facts["adapter_settings"]["use_rslora"]
+    assert facts["scale"] == 0.5
+    assert set(facts["merged_tensors"].values()) == {"bfloat16"} and len(facts["merged_tensors"]) == 6
+    assert set(facts["versions"]) == {"gift_trl", "peft", "safetensors", "torch", "transformers"}
+    summary = report.summary()
+    assert "rsLoRA, r=4, alpha=8, scale 0.5" in summary and str(tmp_path / "merged") in summary
+
+
+def test_hub_ids_and_commits_are_reported(adapter_and_instruct, tmp_path, monkeypatch):
+    adapter, instruct = adapter_and_instruct
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshots = tmp_path / "hub" / "models--org--instruct" / "snapshots"
+    snapshots.mkdir(parents=True)
+    instruct.rename(snapshots / commit)
+    calls = []
+
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        calls.append((name, revision, "*.safetensors" in allow_patterns))
+        return str(snapshots / commit)
+
+    monkeypatch.setattr("gift_trl.checkpoints.snapshot_download", snapshot_download)
+    report = merge_adapter(adapter, "org/instruct", tmp_path / "merged", instruct_model_revision="v1")
+    assert (report.instruct_model, report.instruct_model_commit) == ("org/instruct", commit)
+    # The weights are asked for after the configuration has passed.
+    assert calls == [("org/instruct", "v1", False), ("org/instruct", "v1", True)]
+
+
+def test_zero_adapter_warns_once(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint()
+    adapter = make_adapter(instruct, spread=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    messages = [str(w.message) for w in caught if "nothing was learned" in str(w.message)]
+    assert len(messages) == 1 and list(report.warnings) == messages
+    assert report.num_changed == 0
+
+
+def test_update_lost_in_rounding_warns_once(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(dtype=torch.bfloat16)
+    adapter = make_adapter(instruct, spread=1e-6)
+    with pytest.warns(UserWarning, match="lost in rounding to bfloat16") as caught:
+        report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert len([w for w in caught if "No tensor changed" in str(w.message)]) == 1
+    assert report.num_changed == 0 and len(report.merged_tensors) == 6
+
+
+def test_scale_of_zero_warns(adapter_and_instruct, tmp_path):
+    with pytest.warns(UserWarning, match="The scale is 0: the merged checkpoint is the instruct model"):
+        report = merge_adapter(*adapter_and_instruct, tmp_path / "merged", scale=0.0)
+    assert report.num_changed == 0
+
+
+def test_overflow_is_an_error_and_leaves_nothing(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(dtype=torch.float16)
+    adapter = make_adapter(instruct, spread=1000.0)
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj.weight' holds NaN or infinite values after"):
+        merge_adapter(adapter, instruct, tmp_path / "new" / "merged")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_broken_instruct_tensor_is_named(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    file = instruct / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'model.layers.1.self_attn.q_proj.weight' of the instruct checkpoint"):
+        merge_adapter(adapter, instruct, tmp_path / "merged")
+
+
+def test_overwrite_replaces_after_success_only(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(dtype=torch.float16)
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "old.txt").write_text("old")
+    with pytest.raises(ValueError, match="holds NaN"):
+        merge_adapter(make_adapter(instruct, "bad", spread=1000.0), instruct, output, overwrite=True)
+    assert [f.name for f in output.iterdir()] == ["old.txt"]
+    merge_adapter(make_adapter(instruct), instruct, output, overwrite=True)
+    assert (output / "config.json").exists() and not (output / "old.txt").exists()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "bad", "instruct", "merged"]
+
+
+def test_a_layer_that_merges_nothing_is_an_error(adapter_and_instruct, tmp_path, monkeypatch):
+    adapter, instruct = adapter_and_instruct
+    monkeypatch.setattr("peft.tuners.lora.Linear.merge", lambda self, adapter_names: None)
+    with pytest.raises(RuntimeError, match="merged nothing"):
+        merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_kill_leaves_no_output(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    # Each child kills itself with SIGKILL at another moment; a survivor shows that the moments are reached.
+    script = """
+        import os, signal, sys
+        from gift_trl import checkpoints
+        from gift_trl.merging import merge, merge_adapter
+        from gift_trl.merging.stream import ShardStream
+
+        adapter, instruct, output = sys.argv[1:]
+
+        def kill(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def on_third_call(function):
+            calls = []
+            def counted(*args, **kwargs):
+                calls.append(1)
+                return kill() if len(calls) == 3 else function(*args, **kwargs)
+            return counted
+
+        moments = [
+            (ShardStream, "_merge_tensor", on_third_call(ShardStream._merge_tensor)),
+            (merge, "_copy_companions", kill),
+            (checkpoints.os, "fsync", on_third_call(os.fsync)),
+            (checkpoints.os, "rename", kill),
+        ]
+        for moment, (module, name, replacement) in enumerate([*moments, (merge, "unused", None)]):
+            child = os.fork()
+            if not child:
+                setattr(module, name, replacement)
+                merge_adapter(adapter, instruct, f"{output}/{moment}/merged")
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    # One thread: a child of fork has none of its parent's workers.
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), adapter, instruct, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout.split() == [str(-signal.SIGKILL)] * 4 + ["0"], run.stderr
+    for moment in range(4):
+        left = list((tmp_path / "out" / str(moment)).iterdir())
+        assert [folder.suffix for folder in left] == [".tmp"]
+        assert left[0].name.startswith(".")
+    # What was killed before the configuration was copied is no model even under its hidden name.
+    assert not list((tmp_path / "out" / "0").glob("**/config.json"))
+    assert [folder.name for folder in (tmp_path / "out" / "4").iterdir()] == ["merged"]
+
+
+def test_output_appears_only_whole(adapter_and_instruct, tmp_path, monkeypatch):
+    adapter, instruct = adapter_and_instruct
+    seen = []
+
+    def spy(plan, folder):
+        seen.append((folder.parent == tmp_path, (tmp_path / "merged").exists()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge, "_copy_companions", spy)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert seen == [(True, False)]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "instruct"]
+
+
+def test_config_is_copied_last(adapter_and_instruct, tmp_path, monkeypatch):
+    # Without it nothing loads, so what a killed merge leaves under its hidden name is not taken for a model.
+    adapter, instruct = adapter_and_instruct
+    copied, real = [], merge.shutil.copyfile
+    monkeypatch.setattr(merge.shutil, "copyfile", lambda a, b: copied.append((a.name, b.parent)) or real(a, b))
+    merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert copied[-1][0] == "config.json" and len(copied) == 5
+
+
+def test_checkpoint_names_follow_transformers(adapter_and_instruct, monkeypatch):
+    _, instruct = adapter_and_instruct
+    model = AutoModelForCausalLM.from_pretrained(instruct)
+    monkeypatch.setattr(
+        targets,
+        "get_model_conversion_mapping",
+        lambda model: [
+            WeightRenaming("old_proj", "q_proj"),
+            WeightRenaming("k_proj", "key"),
+            WeightConverter(["up_proj"], ["up_proj"], [Transpose(0, 1)]),
+        ],
+    )
+    layer = "model.layers.0"
+    stored = [f"{layer}.self_attn.old_proj.weight", f"{layer}.self_attn.k_proj.weight", f"{layer}.mlp.up_proj.weight"]
+    assert targets.checkpoint_names(model, [*stored, "layers.1.mlp.down_proj.weight", "unknown"]) == {
+        f"{layer}.self_attn.q_proj.weight": stored[0],
+        # Renamed to what the model does not have, a name that the model has stays.
+        f"{layer}.self_attn.k_proj.weight": stored[1],
+        "model.layers.1.mlp.down_proj.weight": "layers.1.mlp.down_proj.weight",
+        # up_proj is not the parameter as stored but transposed: no update can be added to it.
+    }
+
+
+def test_command_line_wins_over_yaml(adapter_and_instruct, tmp_path, capsys):
+    adapter, instruct = adapter_and_instruct
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(f"adapter: {adapter}\ninstruct_model: {instruct}\nscale: 0.25\noutput_dir: {tmp_path / 'a'}\n")
+    main(["--config", str(recipe), "--output_dir", str(tmp_path / "b")])
+    assert not (tmp_path / "a").exists()
+    assert json.loads((tmp_path / "b" / "merge_report.json").read_text())["scale"] == 0.25
+    assert "6 of 21 tensors updated, 6 of them changed" in capsys.readouterr().out
+
+
+def test_command_refuses_wrong_options(tmp_path, capsys):
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text("adapter: a\ninstruct_model: b\noutput_dir: c\nscael: 2\n")
+    with pytest.raises(ValueError, match="scael"):
+        main(["--config", str(recipe)])
+    recipe.write_text("adapter: a\ninstruct_model:\noutput_dir: c\n")
+    with pytest.raises(ValueError, match="needs a value for --instruct_model"):
+        main(["--config", str(recipe)])
+    with pytest.raises(SystemExit) as stop:
+        main(["--adapter", "a"])
+    assert stop.value.code == 2
+    assert "the following arguments are required: --instruct_model" in capsys.readouterr().err
+
+
+def test_help_names_every_option_and_an_example():
+    text = make_parser("gift-trl merge").format_help()
+    for option in ("--adapter", "--instruct_model", "--output_dir", "--scale", "--overwrite", "--adapter_revision"):
+        assert option in text
+    assert "gift-trl merge --adapter outputs/adapter" in text
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded(tmp_path):
+    script = """
+        import sys, threading, time
+        from pathlib import Path
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from safetensors.torch import save_file
+        from transformers import AutoModelForCausalLM, Qwen2Config
+        from gift_trl.merging import merge_adapter
+
+        def anonymous_mb():
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+        command, folder = sys.argv[1], Path(sys.argv[2])
+        if command == "make":
+            # The shape of Qwen2.5-0.5B: 0.99 GB in bfloat16.
+            config = Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                                 num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model.save_pretrained(folder / "instruct")
+            adapter = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules="all-linear",
+                                                       init_lora_weights=False))
+            adapter.save_pretrained(folder / "adapter")
+        else:
+            peak, done = [0.0], threading.Event()
+
+            def watch():
+                while not done.is_set():
+                    peak[0] = max(peak[0], anonymous_mb())
+                    time.sleep(0.001)
+
+            before = anonymous_mb()
+            thread = threading.Thread(target=watch)
+            thread.start()
+            started, cpu = time.monotonic(), time.process_time()
+            report = merge_adapter(folder / "adapter", folder / "instruct", folder / "merged")
+            seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+            done.set()
+            thread.join()
+            print(len(report.merged_tensors), report.num_bytes, peak[0] - before, seconds, cpu)
+    """
+    for command in ("make", "merge"):
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), command, tmp_path],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stderr
+    shutil.rmtree(tmp_path)  # two gigabytes that pytest would keep
+    num_merged, num_bytes, megabytes, seconds, cpu = map(float, run.stdout.split())
+    print(f"{num_bytes / 1e9:.2f} GB, {megabytes:.0f} MB above import, {seconds:.1f} s, {cpu:.1f} CPU s")
+    assert num_merged == 168 and num_bytes > 0.9e9
+    assert megabytes < 200

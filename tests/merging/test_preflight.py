@@ -1,0 +1,278 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoHaConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gift_trl.merging import merge_adapter
+
+
+def change_settings(adapter, **settings):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def change_config(instruct, **settings):
+    file = instruct / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def change_tensors(folder, change):
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def refused(adapter, instruct, output, match, **options):
+    """Asserts the refusal, and that it came before anything was written."""
+    with pytest.raises(ValueError, match=match) as error:
+        merge_adapter(adapter, instruct, output, **options)
+    assert not list(output.parent.glob(".*.tmp"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"use_dora": True}, "DoRA .`use_dora`.*use_dora=False"),
+        ({"peft_type": "LOHA"}, "of type LOHA; only LoRA and rsLoRA"),
+        ({"peft_type": "IA3"}, "of type IA3"),
+        ({"bias": "lora_only"}, "biases .`bias='lora_only'`.*bias='none'"),
+        ({"lora_bias": True}, "lora_bias=False"),
+        ({"modules_to_save": ["embed_tokens"]}, "without `modules_to_save`"),
+        ({"trainable_token_indices": [3]}, "without `trainable_token_indices`"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "MoE experts.*`target_modules` instead"),
+        ({"init_lora_weights": "pissa_niter_4"}, "PiSSA.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "OLoRA.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "corda"}, "CorDA.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "LoRA-GA.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq"}, "LoftQ.*no conversion"),
+        ({"init_lora_weights": "mica"}, "MiCA"),
+        ({"alora_invocation_tokens": [5]}, "activated LoRA"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "replicated layers"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
+        ({"kasa_config": {"beta": 1.0}}, "KaSA"),
+        ({"task_type": "SEQ_CLS"}, "task SEQ_CLS"),
+        ({"use_lora_of_tomorrow": True}, "does not know .use_lora_of_tomorrow.*upgrade PEFT"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_adapter_kinds_are_refused_by_name(adapter_and_instruct, tmp_path, settings, match):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, **settings)
+    refused(adapter, instruct, tmp_path / "merged", match)
+
+
+@pytest.mark.parametrize("init", ["eva", "orthogonal", "gaussian", True, False], ids=str)
+def test_initialisations_that_leave_the_base_alone_are_merged(adapter_and_instruct, tmp_path, init):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, init_lora_weights=init)
+    assert merge_adapter(adapter, instruct, tmp_path / "merged").num_changed == 6
+
+
+def test_adapter_made_by_another_method(adapter_and_instruct, tmp_path):
+    _, instruct = adapter_and_instruct
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(instruct), LoHaConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "loha")
+    refused(tmp_path / "loha", instruct, tmp_path / "merged", "of type LOHA")
+
+
+def test_all_findings_come_in_one_message(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, use_dora=True, bias="all")
+    change_config(instruct, quantization_config={"quant_method": "gptq", "bits": 4})
+    change_tensors(adapter, lambda t: t[next(iter(t))].fill_(float("nan")))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "file").touch()
+    message = refused(adapter, instruct, tmp_path / "merged", "for 5 reasons", scale=float("inf"))
+    for part in ("1. The scale is inf", "2. '", "not empty", "DoRA", "biases", "quantised (gptq)"):
+        assert part in message
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
+def test_scale_must_be_finite(adapter_and_instruct, tmp_path, scale):
+    refused(*adapter_and_instruct, tmp_path / "merged", "pass a finite number", scale=scale)
+
+
+def test_missing_and_unreadable_adapters(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    output = tmp_path / "merged"
+    refused(tmp_path / "nowhere", instruct, output, "There is no folder '.*nowhere'")
+    refused("org/nowhere", instruct, output, "'org/nowhere', the Hub cache does not hold it")
+    refused(instruct, instruct, output, "holds no adapter_config.json")
+    file = adapter / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-10])
+    refused(adapter, instruct, output, "damaged or was not copied to its end")
+    file.write_bytes(b"not safetensors at all")
+    refused(adapter, instruct, output, "not a readable safetensors file")
+    file.rename(adapter / "adapter_model.bin")
+    refused(adapter, instruct, output, "has adapter_model.bin.*save_pretrained")
+    (adapter / "adapter_model.bin").unlink()
+    refused(adapter, instruct, output, "holds no adapter_model.safetensors")
+    save_file({}, file)
+    refused(adapter, instruct, output, "holds no tensors")
+    (adapter / "adapter_config.json").write_text("{")
+    refused(adapter, instruct, output, "not valid JSON")
+
+
+def test_missing_and_unreadable_instruct_models(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    output = tmp_path / "merged"
+    refused(adapter, tmp_path / "nowhere", output, "There is no folder '.*nowhere'")
+    refused(adapter, instruct / "config.json", output, "is a file")
+    shutil.copytree(instruct, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").unlink()
+    refused(adapter, tmp_path / "copy", output, "holds no config.json")
+    change_config(instruct, model_type="of_tomorrow")
+    refused(adapter, instruct, output, "cannot be read.*upgrade transformers")
+    change_config(instruct, model_type="llama")
+    file = instruct / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    refused(adapter, instruct, output, "damaged or was not copied to its end")
+    file.rename(instruct / "pytorch_model.bin")
+    refused(adapter, instruct, output, "only safetensors are read: convert")
+
+
+def test_instruct_folder_that_loads_an_adapter_of_its_own(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    shutil.copy(adapter / "adapter_config.json", instruct)
+    refused(adapter, instruct, tmp_path / "merged", "would put that adapter on top")
+
+
+def test_adapter_of_a_deeper_model(make_checkpoint, make_adapter, tmp_path):
+    adapter = make_adapter(make_checkpoint("base", num_hidden_layers=3))
+    shutil.rmtree(tmp_path / "base")
+    match = r"3 of 9 modules in the adapter do not exist in the instruct model \(model.layers.2.mlp.down_proj; "
+    refused(adapter, make_checkpoint(), tmp_path / "merged", match)
+
+
+def test_adapter_of_a_shallower_model(make_checkpoint, make_adapter, tmp_path):
+    adapter = make_adapter(make_checkpoint("base", num_hidden_layers=1))
+    shutil.rmtree(tmp_path / "base")
+    match = r"lacks tensors of 3 targeted modules \(model.layers.1.self_attn.q_proj \(no lora_A and no lora_B\)"
+    refused(adapter, make_checkpoint(), tmp_path / "merged", match)
+
+
+def test_adapter_of_a_wider_model(make_checkpoint, make_adapter, tmp_path):
+    adapter = make_adapter(make_checkpoint("base", intermediate_size=64))
+    shutil.rmtree(tmp_path / "base")
+    match = r"2 tensors of the adapter have another shape.*lora_A.weight is \[4, 64\], not \[4, 48\]"
+    refused(adapter, make_checkpoint(), tmp_path / "merged", match)
+
+
+def test_recorded_base_model_is_compared(make_checkpoint, make_adapter, tmp_path):
+    adapter = make_adapter(make_checkpoint("base", vocab_size=72), target_modules=["q_proj"])
+    instruct = make_checkpoint()
+    # Every shape that the adapter touches fits; only the base model's configuration tells.
+    refused(adapter, instruct, tmp_path / "merged", r"differ in vocab_size \(72 against 64\)")
+    shutil.rmtree(tmp_path / "base")
+    assert merge_adapter(adapter, instruct, tmp_path / "merged").num_changed == 2
+
+
+def test_recorded_base_model_is_looked_up_in_the_hub_cache(make_checkpoint, make_adapter, tmp_path, monkeypatch):
+    base = make_checkpoint("base", num_attention_heads=2, head_dim=16)
+    adapter = make_adapter(base, target_modules=["down_proj"])
+    change_settings(adapter, base_model_name_or_path="org/base", revision="v2")
+    asked = []
+
+    def try_to_load_from_cache(name, file, revision):
+        asked.append((name, file, revision))
+        return str(base / "config.json")
+
+    monkeypatch.setattr("gift_trl.merging.preflight.try_to_load_from_cache", try_to_load_from_cache)
+    refused(adapter, make_checkpoint(), tmp_path / "merged", r"num_attention_heads \(2 against 4\)")
+    assert asked == [("org/base", "config.json", "v2")]
+
+
+def test_half_a_pair_of_factors(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    change_tensors(adapter, lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"))
+    refused(adapter, instruct, tmp_path / "merged", r"layers.0.self_attn.q_proj \(no lora_B\)")
+
+
+def test_tensors_that_the_settings_do_not_target(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, target_modules=["q_proj", "v_proj"])
+    refused(adapter, instruct, tmp_path / "merged", r"2 modules that its own `target_modules` do not name")
+
+
+def test_targets_that_the_model_does_not_have(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, target_modules=["c_attn"])
+    refused(adapter, instruct, tmp_path / "merged", "PEFT cannot put this adapter on the instruct model: .*c_attn")
+
+
+def test_values_that_are_not_finite(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    for value in ("nan", "inf"):
+        change_tensors(adapter, lambda t, value=value: t[key].view(-1)[7].fill_(float(value)))
+        refused(adapter, instruct, tmp_path / "merged", rf"1 of 12 tensors .* NaN or infinite values \(first: {key}\)")
+
+
+@pytest.mark.filterwarnings("ignore:.*embedding layers found:UserWarning", "ignore:.*ensure_weight_tying")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_are_no_target(make_checkpoint, make_adapter, tmp_path, target):
+    instruct = make_checkpoint(tie_word_embeddings=True)
+    adapter = make_adapter(instruct, target_modules=["q_proj", target], saving={"save_embedding_layers": False})
+    match = (
+        r"shares between its embedding" if target == "lm_head" else r"layers that are not merged \(model.embed_tokens"
+    )
+    refused(adapter, instruct, tmp_path / "merged", match)
+
+
+@pytest.mark.filterwarnings("ignore:.*embedding layers found:UserWarning")
+def test_whole_layers_in_the_adapter_file(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint()
+    adapter = make_adapter(instruct, target_modules=["q_proj", "lm_head"])
+    match = r"whole layers .*\(base_model.model.lm_head.base_layer.weight\).*save_embedding_layers=False"
+    refused(adapter, instruct, tmp_path / "merged", match)
+
+
+def test_targeted_tensor_missing_from_the_checkpoint(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_tensors(instruct, lambda t: t.pop(name))
+    refused(adapter, instruct, tmp_path / "merged", f"{name} is missing")
+    change_tensors(instruct, lambda t: t.update({name: torch.zeros(8, 8)}))
+    refused(adapter, instruct, tmp_path / "merged", rf"{name} is \[8, 8\], not \[32, 32\]")
+    change_tensors(instruct, lambda t: t.update({name: torch.zeros(32, 32, dtype=torch.int8)}))
+    refused(adapter, instruct, tmp_path / "merged", f"{name} is of dtype I8.*unquantised")
+
+
+def test_output_apart_from_the_inputs(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    before = sorted(tmp_path.rglob("*"))
+    refused(adapter, instruct, instruct, "not empty")
+    for output in (instruct, instruct / "merged", adapter / "deep" / "merged", tmp_path):
+        refused(adapter, instruct, output, "choose an output folder beside it", overwrite=True)
+    (tmp_path / "link").symlink_to(instruct)
+    refused(adapter, instruct, tmp_path / "link" / "merged", "choose an output folder beside it")
+    (tmp_path / "link").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_disk_space(adapter_and_instruct, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("gift_trl.merging.preflight.shutil.disk_usage", lambda path: usage)
+    refused(*adapter_and_instruct, tmp_path / "new" / "merged", r"0.0 GB free: make room")
+
+
+def test_weights_are_not_downloaded_for_a_merge_that_is_refused(adapter_and_instruct, tmp_path, monkeypatch):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, use_dora=True)
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        asked.append("*.safetensors" in allow_patterns)
+        return str(instruct)
+
+    monkeypatch.setattr("gift_trl.checkpoints.snapshot_download", snapshot_download)
+    refused(adapter, "org/instruct", tmp_path / "merged", "DoRA")
+    assert asked == [False]
