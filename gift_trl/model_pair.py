@@ -1,12 +1,12 @@
 """What a base model and its instruct model must share for GIFT: shapes, vocabulary, and how a turn ends."""
 
+import copy
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -128,10 +128,13 @@ def check_same_architecture(
 
 
 def _shape_differences(config: PreTrainedConfig, other_config: PreTrainedConfig) -> list[str]:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return []  # a model with code of its own is not built to be measured
     shapes = []
     for c in (config, other_config):
-        with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(c)
+        # The class itself: `from_config` would shard the parameters under DeepSpeed ZeRO-3
+        with torch.device("meta"):
+            skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(c)](copy.deepcopy(c))
         shapes.append({name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()})
     names = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
     return [f"{name} (shape {shapes[0].get(name)} against {shapes[1].get(name)})" for name in sorted(names)[:3]]
@@ -177,7 +180,7 @@ def end_of_turn_token_ids(
         model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Instruct model, whose generation configuration may list further ids (Llama 3 lists three).
         kwargs (`dict[str, Any]`):
-            Keyword arguments of [`~transformers.GenerationConfig.from_pretrained`], such as `revision`.
+            Keyword arguments of [`~transformers.AutoConfig.from_pretrained`], such as `revision`.
 
     Returns:
         `list[int]`: Sorted token ids; empty if neither names one.
@@ -185,12 +188,11 @@ def end_of_turn_token_ids(
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if isinstance(model, str):
         try:
-            generation_config = GenerationConfig.from_pretrained(model, **kwargs)
+            stop = GenerationConfig.from_pretrained(model, revision=kwargs.get("revision")).eos_token_id
         except OSError:  # a checkpoint need not have one
-            generation_config = None
+            stop = load_config(model, **kwargs).get_text_config().eos_token_id
     else:
-        generation_config = None if model is None else model.generation_config
-    stop = None if generation_config is None else generation_config.eos_token_id
+        stop = None if model is None else model.generation_config.eos_token_id
     if stop is not None:
         ids.update(stop if isinstance(stop, list) else [stop])
     return sorted(ids)

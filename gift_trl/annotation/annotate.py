@@ -22,8 +22,10 @@ from gift_trl.annotation.provenance import (
     add_provenance,
     hash_chat_template,
     hash_vocabulary,
+    identify_commit,
     identify_weights,
     library_versions,
+    model_name,
 )
 from gift_trl.annotation.scoring import score_tokens, unwrap_model
 from gift_trl.annotation.tokenization import (
@@ -120,9 +122,12 @@ def annotate_dataset(
         )
     load_kwargs = dict(model_init_kwargs or {})
     revision = load_kwargs.setdefault("revision", revision)
-    check_scoring_model(instruct_model, revision=revision)
+    config_kwargs = {"revision": revision, "trust_remote_code": load_kwargs.get("trust_remote_code", False)}
+    check_scoring_model(instruct_model, **config_kwargs)
     if processing_class is None:
-        processing_class = load_tokenizer(instruct_model, revision=revision)
+        processing_class = load_tokenizer(instruct_model, **config_kwargs)
+    # Before the scoring, since it also finds a checkpoint without safetensors
+    commit, weights = identify_commit(instruct_model, revision), identify_weights(instruct_model, revision)
     tokenizer = prepare_processing_class(processing_class, args)
 
     whole = tokenize_dataset(dataset, tokenizer, args, formatting_func=formatting_func, dataset_name=dataset_name)
@@ -152,15 +157,17 @@ def annotate_dataset(
             del model
             release_memory()
     annotated = rows.add_column("confidences", confidences, feature=List(Value("float32")))
-    name, weights = identify_weights(instruct_model, revision)
     provenance = Provenance(
-        model=name,
+        model=model_name(instruct_model),
+        commit=commit,
         weights=weights,
         dtype=dtype,
         vocabulary=hash_vocabulary(tokenizer),
         chat_template=hash_chat_template(tokenizer.chat_template),
+        assistant_only_loss=args.assistant_only_loss,
+        completion_only_loss=args.completion_only_loss,
         max_length=None if packing else args.max_length,
-        end_of_turn_token_ids=end_of_turn_token_ids(tokenizer, instruct_model, revision=revision),
+        end_of_turn_token_ids=end_of_turn_token_ids(tokenizer, instruct_model, **config_kwargs),
         rows=len(annotated),
         truncated=truncated,
         dropped=dropped,
@@ -175,21 +182,21 @@ def annotate_dataset(
     return add_provenance(annotated, provenance)
 
 
-def check_scoring_model(instruct_model: str | PreTrainedModel, *, revision: str | None = None) -> None:
+def check_scoring_model(instruct_model: str | PreTrainedModel, **kwargs: Any) -> None:
     """
     Checks, before weights are read, that a model can score tokens in this process.
 
     Args:
         instruct_model (`str` or [`~transformers.PreTrainedModel`]):
             Model id, checkpoint folder or loaded model.
-        revision (`str`, *optional*):
-            Revision on the Hub.
+        kwargs (`dict[str, Any]`):
+            Keyword arguments of [`~transformers.AutoConfig.from_pretrained`], such as `revision`.
 
     Raises:
         `ValueError`: If it is no causal language model, or its weights would be sharded over the processes.
         `FileNotFoundError`: If it is not found.
     """
-    config = load_config(instruct_model, revision=revision)
+    config = load_config(instruct_model, **kwargs)
     if isinstance(instruct_model, str):
         architecture = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)])[0]
     else:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file, extract_commit_hash
 from trl.trainer.utils import get_config_model_id
 
-from gift_trl.checkpoints import weights_fingerprint
-from gift_trl.model_pair import load_config
+from gift_trl.checkpoints import checkpoint_folder, weights_fingerprint
 
 
 # One line of `Dataset.info.description`, which datasets keeps through map, filter, shuffle, select and save_to_disk
@@ -27,15 +27,20 @@ class Provenance:
     Args:
         model (`str`):
             Model that scored the tokens: its Hub id, or the name of its folder.
+        commit (`str` or `None`):
+            Its commit on the Hub.
         weights (`str` or `None`):
-            Commit hash on the Hub, or a fingerprint of a local checkpoint's safetensors files. `None` for a model that
-            only existed in memory.
+            Fingerprint of its safetensors files. `None` for a model that was passed as an object.
         dtype (`str`):
             Data type of the scoring model.
         vocabulary (`str`):
             Hash of the tokenizer's token → id table.
         chat_template (`str`):
             Hash of the chat template the rows were rendered with.
+        assistant_only_loss (`bool`):
+            Whether only assistant turns are targets.
+        completion_only_loss (`bool` or `None`):
+            Whether only completions are targets; `None` if left to the format of the data.
         max_length (`int` or `None`):
             Length in tokens the rows were truncated to; `None` if they were not.
         end_of_turn_token_ids (`list[int]`):
@@ -51,10 +56,13 @@ class Provenance:
     """
 
     model: str
+    commit: str | None
     weights: str | None
     dtype: str
     vocabulary: str
     chat_template: str
+    assistant_only_loss: bool
+    completion_only_loss: bool | None
     max_length: int | None
     end_of_turn_token_ids: list[int]
     rows: int
@@ -102,43 +110,72 @@ def hash_chat_template(chat_template: str | dict[str, str] | None) -> str:
     return hashlib.sha256(json.dumps(chat_template, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def identify_weights(model: str | PreTrainedModel, revision: str | None = None) -> tuple[str, str | None]:
+def model_name(model: str | PreTrainedModel) -> str:
     """
-    Name and identity of a model's weights.
+    Name of a model that may be published: its Hub id, or the last part of its folder.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Model id, checkpoint folder or loaded model. A loaded model is identified by the checkpoint it came from.
+            Model id, checkpoint folder or loaded model.
+
+    Returns:
+        `str`: The name.
+    """
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return Path(name).resolve().name if os.path.isdir(name) else name or "(in memory)"
+
+
+def identify_commit(model: str | PreTrainedModel, revision: str | None = None) -> str | None:
+    """
+    Commit of a model on the Hub; reads its configuration only.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model id, checkpoint folder or loaded model.
         revision (`str`, *optional*):
             Revision on the Hub.
 
     Returns:
-        `tuple[str, str | None]`: Hub id or folder name, and commit hash or fingerprint. The identity of a model that
-        names no checkpoint is `None`.
+        `str` or `None`: Commit hash, `None` for a local folder or a loaded model.
     """
-    name = model if isinstance(model, str) else get_config_model_id(model.config)
-    if os.path.isdir(name):
-        return Path(name).resolve().name, weights_fingerprint(Path(name))
-    # The configuration carries the commit, so that comparing an annotation with a run downloads no weights
-    config = load_config(model, revision=revision) if isinstance(model, str) else model.config
-    return name or "(in memory)", getattr(config, "_commit_hash", None)
+    if not isinstance(model, str) or os.path.isdir(model):
+        return None
+    # A file in the Hub's cache lies in a folder named after its commit
+    return extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
 
 
-def add_provenance(dataset: Dataset, provenance: Provenance) -> Dataset:
+def identify_weights(model: str | PreTrainedModel, revision: str | None = None) -> str | None:
     """
-    Attaches a provenance to a dataset, in place of any it had.
+    Fingerprint of a model's weights, the same for a Hub id and for a local copy.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model id, checkpoint folder or loaded model.
+        revision (`str`, *optional*):
+            Revision on the Hub.
+
+    Returns:
+        `str` or `None`: Fingerprint, see [`~gift_trl.checkpoints.weights_fingerprint`]; `None` for a loaded model, whose
+        weights may no longer be those of the checkpoint it came from.
+    """
+    return weights_fingerprint(checkpoint_folder(model, revision)) if isinstance(model, str) else None
+
+
+def add_provenance(dataset: Dataset, *provenances: Provenance) -> Dataset:
+    """
+    Attaches provenances to a dataset, in place of any it had.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Annotated dataset.
-        provenance ([`Provenance`]):
-            Its provenance.
+        provenances ([`Provenance`]):
+            Its provenance, or several of a concatenation.
 
     Returns:
         [`~datasets.Dataset`]: The same dataset.
     """
     kept = [line for line in (dataset.info.description or "").splitlines() if not line.startswith(_PREFIX)]
-    dataset.info.description = "\n".join([*kept, _PREFIX + provenance.to_json()])
+    dataset.info.description = "\n".join([*kept, *(_PREFIX + provenance.to_json() for provenance in provenances)])
     return dataset
 
 
@@ -156,44 +193,3 @@ def read_provenance(dataset: Dataset | IterableDataset) -> list[Provenance]:
     description = (dataset.info.description if dataset.info is not None else None) or ""
     lines = [line for line in description.splitlines() if line.startswith(_PREFIX)]
     return [Provenance(**json.loads(line.removeprefix(_PREFIX))) for line in lines]
-
-
-def check_provenance(
-    provenances: list[Provenance],
-    *,
-    vocabulary: str | None = None,
-    chat_template: str | None = None,
-    weights: str | None = None,
-    dataset_name: str = "train",
-) -> None:
-    """
-    Checks that annotated data belongs to the run that is about to train on it.
-
-    Args:
-        provenances (`list[Provenance]`):
-            Provenances of the dataset.
-        vocabulary (`str`, *optional*):
-            Hash of the run's token → id table. Not compared when `None`, like the following ones.
-        chat_template (`str`, *optional*):
-            Hash of the run's chat template.
-        weights (`str`, *optional*):
-            Identity of the weights of the run's annotator.
-        dataset_name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset in the message.
-
-    Raises:
-        `ValueError`: If a known field differs; the message names every one that does.
-    """
-    run = {"vocabulary": vocabulary, "chat_template": chat_template, "weights": weights}
-    for provenance in provenances:
-        differing = [
-            f"{key} (annotated with {getattr(provenance, key)}, this run has {value})"
-            for key, value in run.items()
-            if value is not None and getattr(provenance, key) not in (None, value)
-        ]
-        if differing:
-            raise ValueError(
-                f"The `confidences` of the {dataset_name} dataset were made by `{provenance.model}` for another run: "
-                f"{'; '.join(differing)}. Annotate the original dataset again with this run's instruct model and "
-                "tokenizer, or set the run's `instruct_model_name_or_path` to the model that annotated it."
-            )

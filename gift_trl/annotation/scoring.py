@@ -1,6 +1,7 @@
 """Probability of every target token under a causal language model."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -101,6 +102,13 @@ def score_tokens(
     row_names = range(len(input_ids)) if row_names is None else row_names
     _check_rows(model, input_ids, row_names)
     state = PartialState()
+    if state.num_processes > 1:
+        digest = hashlib.sha256(b"".join(np.asarray(ids, dtype=np.int64).tobytes() for ids in input_ids)).hexdigest()
+        if len(set(gather_object([digest]))) > 1:
+            raise ValueError(
+                "The processes were given different rows, so their confidences cannot be put together. Shuffle and "
+                "split the data with the same seed in every process."
+            )
     batches = token_budget_batches([len(ids) for ids in input_ids], tokens_per_batch)
     mine = batches[state.process_index :: state.num_processes]
     scored: dict[int, np.ndarray] = {}
@@ -149,7 +157,8 @@ def _score_batch(
         input_ids=ids.to(device), attention_mask=mask.to(device), labels=targets.to(device), fused_lm_head=True
     )
     # `log_probs` is zero where there is no target, and exp(0) is not the confidence of nothing
-    q = torch.where(outputs.label_mask, outputs.log_probs.float().exp(), 0.0)
+    # (rounding may put the probability of a certain token a last digit above 1)
+    q = torch.where(outputs.label_mask, outputs.log_probs.float().exp().clamp(max=1.0), 0.0)
     q = torch.nn.functional.pad(q, (1, 0)).cpu().numpy()
     return {row: q[i, : len(input_ids[row])].copy() for i, row in enumerate(batch)}
 

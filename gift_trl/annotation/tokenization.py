@@ -105,11 +105,21 @@ def tokenize_dataset(
                 f"`assistant_only_loss=True`, but the {dataset_name} dataset is not conversational. Unset it, or give "
                 "rows of messages with roles."
             )
+        if processing_class.chat_template is None:
+            raise ValueError(
+                "`assistant_only_loss=True`, but the tokenizer has no chat template. Use the instruct model's tokenizer, "
+                "or set `chat_template_path` to a Jinja file."
+            )
         if not has_generation_markers(processing_class.chat_template):
             chat_template = get_training_chat_template(processing_class)
     completion_only_loss = args.completion_only_loss
     if completion_only_loss is None:
         completion_only_loss = "prompt" in example and "completion" in example
+    if completion_only_loss and formatting_func is not None:
+        raise ValueError(
+            f"A `formatting_func` turns the {dataset_name} dataset into plain text, in which no completion is marked, but "
+            "the loss is on completions only. Set `completion_only_loss=False`, or leave `formatting_func` out."
+        )
     sft_args = copy.copy(args)
     sft_args.max_length, sft_args.shuffle_dataset = None, False
     preparation = _SFTPreparation(processing_class, chat_template, completion_only_loss)
@@ -127,6 +137,11 @@ def _check_columns(
             f"The {dataset_name} dataset has the columns {sorted(example)}, and none that can be trained on. Name them "
             f"`prompt` and `completion`, `messages` or `{args.dataset_text_field}`, or map them in the recipe with "
             "`prompt_column` and `completion_column`."
+        )
+    if "seq_lengths" in example:
+        raise ValueError(
+            f"The {dataset_name} dataset is packed already (`seq_lengths`), and a pass over joined rows would score each "
+            "in the context of the one before it. Annotate the rows first, and let the trainer pack them."
         )
     if "image" in example or "images" in example:
         raise ValueError(

@@ -8,13 +8,15 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from gift_trl.annotation.provenance import (
-    check_provenance,
     hash_chat_template,
     hash_vocabulary,
+    identify_commit,
     identify_weights,
+    model_name,
     read_provenance,
 )
 from gift_trl.annotation.tokenization import prepare_processing_class
@@ -42,9 +44,14 @@ def complete_config(
 
 
 def check_supported(
-    args: GIFTConfig, compute_loss_func: Callable | None, peft_config: "PeftConfig | None", processing_class: Any
+    args: GIFTConfig,
+    compute_loss_func: Callable | None,
+    peft_config: "PeftConfig | None",
+    processing_class: Any,
+    data_collator: Any,
+    eval_dataset: Any,
 ) -> None:
-    """Refuses arguments of SFTTrainer that have no meaning for the GIFT loss or for a merge."""
+    """Refuses what has no meaning for the GIFT loss, and what SFTTrainer would refuse after the data was annotated."""
     if compute_loss_func is not None:
         raise ValueError(
             "`compute_loss_func` would replace the GIFT loss. Leave it unset, or subclass `GIFTSFTTrainer` and override "
@@ -60,6 +67,30 @@ def check_supported(
             "`label_smoothing_factor` is not defined for the GIFT loss, which weighs the log-probability of the "
             "reference token only. Set it to 0."
         )
+    if type(data_collator) is DataCollatorForLanguageModeling:
+        raise ValueError(
+            "`DataCollatorForLanguageModeling` drops the `confidences` column. Pass a `DataCollatorForGIFT`, or leave "
+            "`data_collator` unset."
+        )
+    if args.packing and args.max_length is None:
+        raise ValueError("Packing joins rows up to `max_length` tokens, but `max_length` is None. Set it.")
+    if args.padding_free and not args.packing and args.max_length is not None:
+        raise ValueError(
+            "`padding_free=True` without packing does not enforce `max_length`. Set `max_length` to None, or pack."
+        )
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"`truncation_mode` is {args.truncation_mode!r}; choose 'keep_start'.")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ValueError(
+            f"`eval_strategy` is '{args.eval_strategy.value}', but there is no `eval_dataset`. Pass one, or set "
+            "`eval_strategy` to 'no'."
+        )
+    targets = getattr(peft_config, "target_modules", None)
+    if not isinstance(targets, str) and any(t.rpartition(".")[2] == "lm_head" for t in targets or ()):
+        raise ValueError(
+            "`lm_head` is among the `target_modules`, and TRL's loss bypasses an adapter on it, so that it would never be "
+            "trained. Remove it."
+        )
     if peft_config is not None and peft_config.is_prompt_learning:
         raise ValueError(
             f"`{peft_config.peft_type.value}` adds virtual tokens and changes no weight, so it cannot be merged into the "
@@ -70,6 +101,18 @@ def check_supported(
             f"`processing_class` is a `{type(processing_class).__name__}`; GIFT is defined for text. Pass the instruct "
             "model's tokenizer."
         )
+
+
+def choose_instruct_model(
+    instruct_model: str | PreTrainedModel | None, args: GIFTConfig
+) -> str | PreTrainedModel | None:
+    """The instruct model of the constructor or of the configuration, which must not name two."""
+    named = args.instruct_model_name_or_path
+    if isinstance(instruct_model, str) and named is not None and instruct_model != named:
+        raise ValueError(
+            f"`instruct_model` is `{instruct_model}`, and `args.instruct_model_name_or_path` is `{named}`. Name one."
+        )
+    return named if instruct_model is None else instruct_model
 
 
 def require_confidences(train_dataset: Any, eval_dataset: Any, instruct_model: Any) -> None:
@@ -94,23 +137,49 @@ def require_confidences(train_dataset: Any, eval_dataset: Any, instruct_model: A
 
 def check_annotation(
     dataset: Dataset | IterableDataset,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | None,
     args: GIFTConfig,
     annotator: str | PreTrainedModel | None,
     revision: str | None,
     dataset_name: str,
 ) -> None:
-    """Refuses confidences that another model, tokenizer or chat template made; warns of rows cut shorter than here."""
-    run = {"vocabulary": hash_vocabulary(processing_class)}
-    if annotator is not None:
-        run["chat_template"] = hash_chat_template(prepare_processing_class(processing_class, args).chat_template)
-        run["weights"] = identify_weights(annotator, revision)[1]
+    """
+    Refuses confidences that belong to another run, and names every field that differs; warns of what cannot be known.
+    """
     provenances = read_provenance(dataset)
-    check_provenance(provenances, **run, dataset_name=dataset_name)
-    shorter = [p for p in provenances if p.truncated and p.max_length < (args.max_length or float("inf"))]
-    if shorter:
+    if not provenances:
         logger.warning(
-            f"{shorter[0].truncated} rows of the {dataset_name} dataset were cut to {shorter[0].max_length} tokens "
-            f"when they were annotated, and this run allows {args.max_length}. Annotate with this run's `max_length` "
-            "to train on the whole rows."
+            f"The `confidences` of the {dataset_name} dataset say nothing of where they come from, so it is not checked "
+            "that they belong to this run's models and chat format. `annotate_dataset`, and folders written by "
+            "`gift-trl annotate` and given as `dataset_name`, carry it."
         )
+    for provenance in provenances:
+        run = {"assistant_only_loss": args.assistant_only_loss, "completion_only_loss": args.completion_only_loss}
+        if processing_class is not None:
+            run["vocabulary"] = hash_vocabulary(processing_class)
+        if annotator is not None:
+            tokenizer = prepare_processing_class(processing_class, args)
+            run["chat_template"] = hash_chat_template(tokenizer.chat_template)
+            commit = identify_commit(annotator, revision)
+            # The same commit is the same weights; to compare two commits, or a commit and a copy, the weights are needed
+            if commit is None or commit != provenance.commit:
+                run["weights"] = None if provenance.weights is None else identify_weights(annotator, revision)
+                if run["weights"] is None:
+                    run["model"] = model_name(annotator)
+        differing = [
+            f"{name} (annotated with {getattr(provenance, name)}, this run has {value})"
+            for name, value in run.items()
+            if value is not None and getattr(provenance, name) not in (None, value)
+        ]
+        if differing:
+            raise ValueError(
+                f"The `confidences` of the {dataset_name} dataset were made by `{provenance.model}` for another run: "
+                f"{'; '.join(differing)}. Annotate the original dataset again with this run's instruct model, tokenizer "
+                "and settings, or give the run those of the annotation."
+            )
+        if provenance.truncated and provenance.max_length < (args.max_length or float("inf")):
+            logger.warning(
+                f"{provenance.truncated} rows of the {dataset_name} dataset were cut to {provenance.max_length} tokens "
+                f"when they were annotated, and this run allows {args.max_length}. Annotate with this run's `max_length` "
+                "to train on the whole rows."
+            )

@@ -121,6 +121,16 @@ class GIFTConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("confidence_exponent", "confidence_floor", "eos_confidence"):
+            value = getattr(self, name)
+            optional = name == "eos_confidence"
+            if isinstance(value, bool) or not isinstance(value, (int, float, *([type(None)] if optional else []))):
+                raise ValueError(
+                    f"`{name}` is {value!r}; it must be a number"
+                    + (", or `null` (None) to keep the annotated confidence." if optional else ".")
+                )
+        if "revision" in (self.instruct_model_init_kwargs or {}):
+            raise ValueError("Name the revision in `instruct_model_revision`, not in `instruct_model_init_kwargs`.")
         if not (math.isfinite(self.confidence_exponent) and self.confidence_exponent >= 0):
             raise ValueError(
                 f"`confidence_exponent` is {self.confidence_exponent}; it must be a finite number of at least 0 (1 is "

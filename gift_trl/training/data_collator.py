@@ -18,7 +18,7 @@ class DataCollatorForGIFT(DataCollatorForLanguageModeling):
     shape `(1, total_len)`; float32.
 
     Raises:
-        `ValueError`: If a row has no confidences, or not as many as tokens.
+        `ValueError`: If a row has no confidences, not as many as tokens, or some that are no probabilities.
 
     Examples:
     ```python
@@ -47,6 +47,12 @@ class DataCollatorForGIFT(DataCollatorForLanguageModeling):
         confidences = [torch.tensor(example["confidences"], dtype=torch.float32) for example in examples]
         if self.padding_free:
             confidences = [torch.cat(confidences, dim=0)]
+        for values in confidences:
+            if not ((values >= 0) & (values <= 1)).all():  # NaN fails both
+                raise ValueError(
+                    "A row has confidences that are no probabilities (NaN, below 0 or above 1). Annotate the dataset "
+                    "again with `annotate_dataset`."
+                )
         output["confidences"] = pad(
             confidences, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
         )

@@ -1,5 +1,6 @@
 """`GIFTSFTTrainer`: stage 2 of GIFT."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first, use_adapter
 
 from gift_trl.annotation.annotate import annotate_dataset
@@ -34,6 +34,7 @@ from gift_trl.model_pair import (
 from gift_trl.training.checks import (
     check_annotation,
     check_supported,
+    choose_instruct_model,
     complete_config,
     require_confidences,
 )
@@ -146,31 +147,34 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     ):
         check_trl_hooks()
         args = complete_config(model, args)
-        check_supported(args, compute_loss_func, peft_config, processing_class)
-        if instruct_model is None:
-            instruct_model = args.instruct_model_name_or_path
+        check_supported(args, compute_loss_func, peft_config, processing_class, data_collator, eval_dataset)
+        instruct_model = choose_instruct_model(instruct_model, args)
         self._instruct_model = instruct_model
         self._annotation_formatting_func = formatting_func
-        # The model as given: with `annotator="base"` it scores the tokens, also for a later `evaluate(new_dataset)`
+        # The model as given: with `annotator="base"` it scores the tokens
         self._base_model = model
+        self._is_trained = False
+        # Without an instruct model, the base model's tokenizer stands in, and need not have the same special tokens
+        self._knows_tokenizer = instruct_model is not None or processing_class is not None
 
         require_confidences(train_dataset, eval_dataset, instruct_model)
-        self._instruct_revision = {"revision": args.instruct_model_revision} if instruct_model is not None else {}
-        base_revision = {"revision": (args.model_init_kwargs or {}).get("revision")}
+        base_kwargs = {
+            "revision": (args.model_init_kwargs or {}).get("revision"),
+            "trust_remote_code": args.trust_remote_code,
+        }
+        instruct_kwargs = {"revision": args.instruct_model_revision, "trust_remote_code": args.trust_remote_code}
         if instruct_model is not None:
-            check_same_architecture(
-                model, instruct_model, model_kwargs=base_revision, other_kwargs=self._instruct_revision
-            )
+            check_same_architecture(model, instruct_model, model_kwargs=base_kwargs, other_kwargs=instruct_kwargs)
             if processing_class is None:
-                processing_class = load_tokenizer(instruct_model, **self._instruct_revision)
+                processing_class = load_tokenizer(instruct_model, **instruct_kwargs)
             try:
-                base_tokenizer = load_tokenizer(model, **base_revision)
+                base_tokenizer = load_tokenizer(model, **base_kwargs)
             except ValueError:  # a base checkpoint without tokenizer files has nothing to compare
                 base_tokenizer = None
             if base_tokenizer is not None:
                 check_same_vocabulary(base_tokenizer, processing_class)
         elif processing_class is None:
-            processing_class = load_tokenizer(model, **base_revision)
+            processing_class = load_tokenizer(model, **base_kwargs)
 
         # Before the base model is loaded, so that only one of the two models is in memory at a time
         train_dataset = self._annotate(train_dataset, processing_class, args, args.packing, "train")
@@ -214,21 +218,17 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 return_position_ids=own.return_position_ids,
                 pad_to_multiple_of=own.pad_to_multiple_of,
             )
-        elif type(data_collator) is DataCollatorForLanguageModeling:
-            raise ValueError(
-                "`DataCollatorForLanguageModeling` drops the `confidences` column. Pass a `DataCollatorForGIFT`, or "
-                "leave `data_collator` unset."
-            )
         # "microbatch" is a mean over the forward passes: dividing it by their number is left to the trainer
         self.loss_is_scaled_for_ga = args.weight_normalization != "microbatch"
 
-        ids = set(end_of_turn_token_ids(self._tokenizer, instruct_model, **self._instruct_revision))
+        ids = set(end_of_turn_token_ids(self._tokenizer, instruct_model, **instruct_kwargs))
         for provenance in read_provenance(train_dataset):
             ids.update(provenance.end_of_turn_token_ids)
         self._end_of_turn_token_ids = sorted(ids)
         # Sums over target tokens since the last log, of every process: Σq, Σw, Σℓ, their number, and the number of
         # forward passes whose weights add up to nothing
         self._signal = {}
+        self._is_trained = True
 
     def _annotate(
         self,
@@ -246,8 +246,14 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             annotator, revision = self._instruct_model, args.instruct_model_revision
         if "confidences" in get_dataset_column_names(dataset):
             annotator = None if self._instruct_model is None else annotator
-            check_annotation(dataset, processing_class, args, annotator, revision, dataset_name)
+            tokenizer = processing_class if self._knows_tokenizer else None
+            check_annotation(dataset, tokenizer, args, annotator, revision, dataset_name)
             return dataset
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ValueError(
+                f"`skip_prepare_dataset` is set, but the {dataset_name} dataset has no `confidences`. Annotate it with "
+                "`annotate_dataset` first, or let the trainer prepare it."
+            )
         options = {
             "args": args,
             "revision": revision,
@@ -258,11 +264,18 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         if isinstance(annotator, str):
             kwargs = args.model_init_kwargs if args.annotator == "base" else args.instruct_model_init_kwargs
             options["model_init_kwargs"] = {"trust_remote_code": args.trust_remote_code, **(kwargs or {})}
-        elif is_peft_model(annotator):
-            # The confidences of the base model are those without the adapter that is about to be trained
-            with use_adapter(annotator, None):
-                return annotate_dataset(dataset, annotator, processing_class, **options)
-        return annotate_dataset(dataset, annotator, processing_class, **options)
+            return annotate_dataset(dataset, annotator, processing_class, **options)
+        if self._is_trained and annotator is self._base_model:
+            # PEFT put its layers into the very object that was given
+            annotator = self.model
+            if not is_peft_model(annotator):
+                raise ValueError(
+                    f"The {dataset_name} dataset has no `confidences`, and the model that is to give them has been "
+                    "trained since. Annotate it with `annotate_dataset` before the training."
+                )
+        # The confidences of the base model are those without the adapter that is trained on it
+        with use_adapter(annotator, None) if is_peft_model(annotator) else contextlib.nullcontext():
+            return annotate_dataset(dataset, annotator, processing_class, **options)
 
     def _prepare_dataset(
         self,
@@ -273,6 +286,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        if "seq_lengths" in get_dataset_column_names(dataset):
+            return dataset  # evaluating a dictionary of sets comes by twice, and packed rows are not packed again
         map_kwargs = {}
         if isinstance(dataset, Dataset):  # IterableDataset.map knows neither
             map_kwargs = {
@@ -284,8 +299,6 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         sft_args = copy.copy(args)
         sft_args.shuffle_dataset = False
         if packing:
-            if args.max_length is None:
-                raise ValueError("Packing joins rows up to `max_length` tokens, but `max_length` is None. Set it.")
             sft_args.max_length = None
         elif args.max_length is not None:
             kept = token_slice(args)
@@ -320,6 +333,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        self._signal.pop("eval", None)  # what a `predict` has left
         # A dataset given here is annotated like those given at construction; a name selects one of those
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             require_confidences(None, eval_dataset, self._instruct_model)

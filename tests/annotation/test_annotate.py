@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from gift_trl import annotate_dataset
 from gift_trl.annotation import load_annotated_dataset, read_provenance, save_annotated_dataset
 from gift_trl.annotation.scoring import score_tokens, token_budget_batches
+from gift_trl.model_pair import check_same_architecture, end_of_turn_token_ids
 
 
 def reference_confidences(folder, input_ids, labels):
@@ -148,13 +150,31 @@ def test_provenance_travels_with_the_dataset(pair, conversations, tmp_path):
     moved = annotated.shuffle(seed=0).select(range(4)).map(lambda row: {"extra": 1})
     assert read_provenance(moved) == [provenance]
     save_annotated_dataset(annotated, tmp_path / "annotated")
-    loaded = load_annotated_dataset(tmp_path / "annotated")
+    loaded = load_annotated_dataset(tmp_path / "annotated")["train"]
     assert read_provenance(loaded) == [provenance]
     assert loaded.to_list() == annotated.to_list()
     # Any tool opens it, without the provenance
     assert load_dataset(str(tmp_path / "annotated"), split="train")["confidences"][:] == annotated["confidences"][:]
     with pytest.raises(FileExistsError):
         save_annotated_dataset(annotated, tmp_path / "annotated")
+
+
+def test_joined_datasets_keep_every_provenance(pair, conversations, tmp_path):
+    parts = [annotate_dataset(conversations, folder) for folder in pair]
+    joined = concatenate_datasets(parts)
+    assert [p.model for p in read_provenance(joined)] == ["base", "instruct"]
+    save_annotated_dataset({"train": joined, "test": parts[1]}, tmp_path / "joined")
+    loaded = load_annotated_dataset(tmp_path / "joined")
+    assert [p.model for p in read_provenance(loaded["train"])] == ["base", "instruct"]
+    assert [p.model for p in read_provenance(loaded["test"])] == ["instruct"]
+
+
+def test_end_of_turn_ids_without_a_generation_config(pair, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    model.config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert end_of_turn_token_ids(tokenizer, str(tmp_path)) == [2, 7]
 
 
 def test_nan_is_refused_with_the_row(pair, conversations):
@@ -174,6 +194,7 @@ def test_nan_is_refused_with_the_row(pair, conversations):
         ({"input_ids": [[5, 6]], "labels": [[-100, -100]]}, r"No row of the train dataset has a token to learn from"),
         ({"question": ["a"]}, r"columns \['question'\], and none that can be trained on"),
         ({"text": ["a"], "image": ["b"]}, r"holds images"),
+        ({"input_ids": [[5, 6, 7, 8]], "seq_lengths": [[2, 2]]}, r"is packed already"),
         ({"text": []}, r"The train dataset is empty"),
         ({"input_ids": [[5, 6]], "confidences": [[0.0, 0.1]]}, r"already has a `confidences` column"),
     ],
@@ -198,6 +219,12 @@ def test_bad_models(pair, conversations, tokenizer, tmp_path):
         annotate_dataset(conversations, AutoModelForCausalLM.from_config(nameless_config(pair)))
     with pytest.raises(ValueError, match=r"`eos_token` is '<none>'"):
         annotate_dataset(conversations, pair[1], args=SFTConfig(bf16=False, eos_token="<none>"))
+    with pytest.raises(ValueError, match=r"A `formatting_func` turns the train dataset into plain text"):
+        annotate_dataset(conversations, pair[1], formatting_func=lambda row: "text")
+    bare = AutoTokenizer.from_pretrained(pair[1])
+    bare.chat_template = None
+    with pytest.raises(ValueError, match=r"the tokenizer has no chat template"):
+        annotate_dataset(conversations, pair[1], bare, args=SFTConfig(bf16=False, assistant_only_loss=True))
     with pytest.raises(ValueError, match=r"no Jinja file"):
         annotate_dataset(conversations, pair[1], args=SFTConfig(bf16=False, chat_template_path=pair[0]))
 
@@ -206,3 +233,25 @@ def nameless_config(pair):
     config = AutoModelForCausalLM.from_pretrained(pair[1]).config
     config._name_or_path = ""
     return config
+
+
+@pytest.mark.parametrize("mode", ["DeepSpeed ZeRO-3", "FSDP"])
+def test_sharded_loading_is_refused(pair, conversations, monkeypatch, mode):
+    # Each process would score with its part of the weights
+    if mode == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        monkeypatch.setattr("gift_trl.annotation.annotate.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=f"under {mode}, .* Annotate first, with `gift-trl annotate"):
+        annotate_dataset(conversations, pair[1])
+
+
+def test_models_are_compared_under_zero3(pair):
+    # ZeRO-3 shards whatever `from_config` and `from_pretrained` build, and the models are only measured here
+    pytest.importorskip("deepspeed")
+    config = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    try:
+        check_same_architecture(*pair)
+    finally:
+        del config
+        unset_hf_deepspeed_config()

@@ -13,11 +13,20 @@ from gift_trl import GIFTConfig
         ("eos_confidence", 2.0, "between 0 and 1, or be None"),
         ("weight_normalization", "batch", "choose one of"),
         ("annotator", "teacher", "choose one of"),
+        ("eos_confidence", False, "must be a number, or `null`"),
+        ("confidence_floor", True, "must be a number"),
+        ("confidence_exponent", None, "must be a number"),
+        ("confidence_exponent", "1", "must be a number"),
     ],
 )
 def test_invalid_values_are_refused_at_construction(tmp_path, field, value, message):
     with pytest.raises(ValueError, match=rf"`{field}` is .*{message}"):
         GIFTConfig(str(tmp_path), bf16=False, **{field: value})
+
+
+def test_the_revision_has_one_place(tmp_path):
+    with pytest.raises(ValueError, match="Name the revision in `instruct_model_revision`"):
+        GIFTConfig(str(tmp_path), bf16=False, instruct_model_init_kwargs={"revision": "v1"})
 
 
 def test_defaults_are_the_paper_s_method(tmp_path):

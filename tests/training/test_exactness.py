@@ -79,6 +79,18 @@ def test_loss_and_gradients(pair, conversations, lora, config, run, relative_dif
     assert relative_difference(trainer.recorder.gradients, gradients) < 1e-6
 
 
+def test_packed_rows_weigh_as_apart(pair, conversations, lora, config, run, relative_difference):
+    # Padding-free batches of packed rows: every row sees itself only, and its confidences stay with its tokens
+    args = config(packing=True, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer = run(args, conversations)
+    assert len(trainer.train_dataset) < len(conversations)
+    rows = annotate_dataset(conversations, pair[1], args=args).to_list()
+    options = {"exponent": 1.0, "eos": 1.0, "normalization": "weights", "cuts": 8}
+    loss, gradients = reference(pair, lora, rows, trainer.recorder.state_dict, **options)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert relative_difference(trainer.recorder.gradients, gradients) < 1e-6
+
+
 def test_microbatch_averages_over_accumulation(conversations, config, run):
     # At learning rate 0, four steps of one forward pass show the losses that one step of four averages
     settings = {"per_device_train_batch_size": 2, "weight_normalization": "microbatch", "learning_rate": 0.0}

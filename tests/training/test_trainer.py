@@ -1,15 +1,17 @@
 import json
+import shutil
 import warnings
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gift_trl import GIFTConfig, GIFTSFTTrainer, annotate_dataset
+from gift_trl.annotation import read_provenance
 
 
 @pytest.fixture
@@ -81,6 +83,104 @@ def test_annotations_of_another_run_are_refused(pair, config, conversations):
     annotated = annotate_dataset(conversations, pair[1], other)
     with pytest.raises(ValueError, match=r"another run: chat_template \(annotated with \w+, this run has \w+\)"):
         construct(pair, config, annotated)
+
+
+@pytest.fixture
+def hub_cache(pair, monkeypatch, tmp_path):
+    """The pair as two repositories in a Hub cache, as a download leaves them."""
+    for name, folder in zip(("base", "inst"), pair, strict=True):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        (repository / "refs").mkdir(parents=True)
+        commit = {"base": "a", "inst": "b"}[name] * 40
+        (repository / "refs" / "main").write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+    for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_provenance_of_hub_models_is_checked(pair, config, conversations, hub_cache):
+    annotated = annotate_dataset(conversations, "org/inst")
+    (provenance,) = read_provenance(annotated)
+    assert (provenance.model, provenance.commit) == ("org/inst", "b" * 40)
+    # The same weights under another name belong to the run, other weights do not
+    for name in ("org/inst", pair[1]):
+        construct(pair, config, annotated, args=config(instruct_model_name_or_path=name))
+    wrong = annotate_dataset(conversations, "org/base")
+    with pytest.raises(ValueError, match="were made by `org/base` for another run: weights"):
+        construct(pair, config, wrong, args=config(instruct_model_name_or_path="org/inst"))
+
+
+def test_data_masked_otherwise_is_refused(pair, config, conversations):
+    messages = conversations.map(
+        lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=conversations.column_names
+    )
+    annotated = annotate_dataset(messages, pair[1])
+    with pytest.raises(ValueError, match=r"assistant_only_loss \(annotated with False, this run has True\)"):
+        construct(pair, config, annotated, args=config(assistant_only_loss=True))
+
+
+def test_confidences_of_unknown_origin_are_warned_of(pair, config, caplog):
+    dataset = Dataset.from_dict({"input_ids": [[5, 6]], "confidences": [[0.0, 0.5]]})
+    construct(pair, config, dataset)
+    assert "say nothing of where they come from" in caplog.text
+
+
+@pytest.mark.parametrize("lora_on", [True, False], ids=["LoRA", "full"])
+def test_a_trained_model_does_not_annotate(pair, config, conversations, lora, lora_on):
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    args = config(annotator="base", max_steps=3, learning_rate=0.5)
+    trainer = GIFTSFTTrainer(model, args, train_dataset=conversations, peft_config=lora if lora_on else None)
+    expected = trainer.train_dataset["confidences"][:]
+    trainer.train()
+    if lora_on:
+        found = trainer._annotate(conversations, trainer.processing_class, trainer.args, False, "test")
+        for a, b in zip(found["confidences"], expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+    else:
+        with pytest.raises(ValueError, match="has been trained since"):
+            trainer.evaluate(conversations)
+
+
+def test_two_instruct_models_are_one_too_many(pair, config, conversations, no_weights):
+    with pytest.raises(ValueError, match="Name one"):
+        construct(pair, config, conversations, instruct_model=pair[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"padding_free": True}, "does not enforce `max_length`"),
+        ({"packing": True, "max_length": None}, "`max_length` is None"),
+        ({"eval_strategy": "epoch"}, "there is no `eval_dataset`"),
+        ({"truncation_mode": "middle"}, "`truncation_mode` is 'middle'"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "has no `confidences`. Annotate it"),
+    ],
+)
+def test_errors_come_before_the_annotation(pair, config, conversations, settings, message, no_weights):
+    with pytest.raises(ValueError, match=message):
+        construct(pair, config, conversations, args=config(**settings))
+
+
+def test_an_adapter_on_the_head_is_refused(pair, config, conversations, no_weights):
+    with pytest.raises(ValueError, match="`lm_head` is among the `target_modules`"):
+        construct(pair, config, conversations, peft_config=LoraConfig(target_modules=["q_proj", "lm_head"]))
+
+
+def test_packed_evaluation_sets_are_packed_once(pair, config, conversations, lora):
+    args = config(packing=True, max_length=128, per_device_eval_batch_size=1)
+    trainer = construct(pair, config, conversations, args=args, peft_config=lora)
+    alone = trainer.evaluate(conversations)
+    together = trainer.evaluate({"x": conversations})
+    assert together["eval_x_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+
+
+def test_a_prediction_leaves_nothing_behind(pair, config, conversations, lora):
+    trainer = construct(pair, config, conversations, peft_config=lora)
+    before = trainer.evaluate(conversations.select([0]))["eval_nll"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL deprecates the logits of predict
+        trainer.predict(trainer.train_dataset)
+    assert trainer.evaluate(conversations.select([0]))["eval_nll"] == before
 
 
 def test_models_that_do_not_fit_are_refused(pair, config, conversations, tmp_path, make_model, no_weights):

@@ -56,6 +56,13 @@ def test_collator_pads_confidences_as_tokens():
     torch.testing.assert_close(flat["confidences"], torch.tensor([[0.0, 0.5, 0.9, 0.0, 0.25]]))
 
 
+@pytest.mark.parametrize("value", [float("nan"), -0.5, 7.0])
+def test_collator_refuses_what_is_no_probability(value):
+    example = {"input_ids": [1, 2], "labels": [-100, 2], "confidences": [0.0, value]}
+    with pytest.raises(ValueError, match="no probabilities"):
+        DataCollatorForGIFT(pad_token_id=0)([example])
+
+
 @pytest.mark.parametrize("confidences", [None, [0.0, 0.5]])
 def test_collator_refuses_rows_that_do_not_align(confidences):
     example = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
