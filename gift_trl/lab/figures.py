@@ -1,0 +1,111 @@
+"""The picture of a comparison: accuracy bars and learning-signal shares."""
+
+import os
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gift_trl.lab.findings import accuracy_margin
+from gift_trl.lab.results import BAND_NAMES, Comparison, SettingResult
+
+
+# Distinct for colour-blind readers, and in grey.
+METHOD_COLORS = {
+    "Instruct-SFT": "#d55e00",
+    "Shadow-FT": "#e6b045",
+    "GIFT-BaseT": "#7cc0ea",
+    "GIFT": "#1f6aa5",
+}
+BAND_COLORS = ("#e08a4b", "#d9d9d9", "#5b9bd1")
+_TEXT_COLOR = "#222222"
+
+
+def plot_comparison(comparison: Comparison, path: str | os.PathLike) -> None:
+    """
+    Draws a comparison to a PNG file: target accuracy of the merged models by setting, and below it the shares of the
+    learning signal on each mix.
+
+    Args:
+        comparison ([`Comparison`]):
+            The results.
+        path (`str` or `os.PathLike`):
+            The file to write.
+    """
+    by_mix = {result.setting.mix: result for result in reversed(comparison.settings)}
+    mixes = list(reversed(by_mix.values()))
+    # Without pyplot: no global state, and no display is looked for.
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, *bottom = _axes(figure, len(mixes))
+    _plot_accuracies(top, comparison)
+    for axes, result in zip(bottom, mixes, strict=True):
+        _plot_signal(axes, result, show_methods=axes is bottom[0])
+    handles, labels = bottom[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(labels),
+        frameon=False,
+        title="the instruct model's confidence q in the token",
+    )
+    figure.savefig(path, dpi=150)
+
+
+def _axes(figure: Figure, num_mixes: int) -> list[Axes]:
+    grid = figure.add_gridspec(2, num_mixes, height_ratios=(3, 2))
+    return [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, column]) for column in range(num_mixes))]
+
+
+def _plot_accuracies(axes: Axes, comparison: Comparison) -> None:
+    width = 0.8 / len(METHOD_COLORS)
+    for place, (method, color) in enumerate(METHOD_COLORS.items()):
+        heights = [result.by_method[method].scores.accuracies["target"] for result in comparison.settings]
+        errors = [accuracy_margin(height, len(comparison.instruct.target)) for height in heights]
+        positions = [index + (place - 1.5) * width for index in range(len(heights))]
+        bars = axes.bar(
+            positions,
+            heights,
+            width=0.94 * width,
+            color=color,
+            label=method,
+            yerr=errors,
+            error_kw={"ecolor": _TEXT_COLOR, "elinewidth": 1, "capsize": 3},
+        )
+        axes.bar_label(bars, labels=[f"{height:.0f}" for height in heights], padding=2, fontsize=11)
+    instruct = comparison.instruct.accuracies["target"]
+    axes.axhline(instruct, color=_TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"instruct model ({instruct:.0f}%)")
+    axes.set_xticks(range(len(comparison.settings)), [str(result.setting) for result in comparison.settings])
+    axes.set_ylim(0, 106)  # room for the number over a bar of 100
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("solved (%)")
+    axes.set_title("Held-out problems of the target task solved by the merged models", loc="left", fontweight="bold")
+    axes.tick_params(axis="x", length=0, labelsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=5, frameon=False)
+
+
+def _plot_signal(axes: Axes, result: SettingResult, show_methods: bool) -> None:
+    rows = [("share of tokens", result.tokens), *((outcome.method, outcome.signal) for outcome in result.results)]
+    names, shares = zip(*rows, strict=True)
+    _stack(axes, names, shares)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_title(f"Learning signal, mix {result.setting.mix}", loc="left", fontweight="bold")
+    axes.set_xlabel("share of the weighted loss before training (%)")
+    axes.tick_params(axis="y", length=0, labelleft=show_methods, labelsize=12)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _stack(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[float]]) -> None:
+    left = [0.0] * len(names)
+    for band, (label, color) in enumerate(zip(BAND_NAMES, BAND_COLORS, strict=True)):
+        widths = [row[band] for row in shares]
+        bars = axes.barh(names, widths, left=left, height=0.72, color=color, label=label)
+        # A number does not fit into a narrow piece.
+        axes.bar_label(
+            bars, labels=[f"{width:.0f}" if width >= 5 else "" for width in widths], label_type="center", fontsize=11
+        )
+        left = [start + width for start, width in zip(left, widths, strict=True)]

@@ -1,0 +1,228 @@
+"""The arguments of a recipe: one YAML serves `gift-trl annotate` and `gift-trl train`."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from gift_trl.training.config import GIFTConfig
+
+
+@dataclass
+class GIFTScriptArguments(ScriptArguments):
+    """
+    Arguments that say what is trained on, beside [`~trl.ScriptArguments`].
+
+    Args:
+        dataset_name (`str`, *optional*):
+            Hub id of a dataset, a local JSON, JSON-lines, CSV or Parquet file, or a folder written by
+            `gift-trl annotate` or `save_to_disk`. `--dataset` on the command line is the same.
+        prompt_column (`str`, *optional*):
+            Column with the user's question, for data that is not in one of TRL's formats yet. Together with
+            `completion_column`, each row becomes a conversation in the instruct model's chat format.
+        completion_column (`str`, *optional*):
+            Column with the reference answer.
+        system_prompt (`str`, *optional*):
+            System message before every question.
+        prompt_suffix (`str`, *optional*):
+            Text put after every question.
+        max_samples (`int`, *optional*):
+            Number of training rows to use, from the start.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id of a dataset, a local JSON, JSON-lines, CSV or Parquet file, or a folder written by "
+            "`gift-trl annotate` or `save_to_disk`.",
+            "aliases": ["--dataset"],
+        },
+    )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the user's question, for data that is not in one of TRL's formats yet."},
+    )
+    completion_column: str | None = field(default=None, metadata={"help": "Column with the reference answer."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message before every question."})
+    prompt_suffix: str | None = field(default=None, metadata={"help": "Text put after every question."})
+    max_samples: int | None = field(default=None, metadata={"help": "Number of training rows to use, from the start."})
+
+    def __post_init__(self):
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError(
+                "`prompt_column` and `completion_column` belong together: set both, or neither for data that already "
+                "has `messages`, `prompt` and `completion`, or `text`."
+            )
+        if self.prompt_column is None and (self.system_prompt or self.prompt_suffix):
+            raise ValueError(
+                "`system_prompt` and `prompt_suffix` are added to the question in `prompt_column`, which is not set. "
+                "Set `prompt_column` and `completion_column`, or put the text into the data."
+            )
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"`max_samples` is {self.max_samples}; it must be at least 1.")
+
+
+@dataclass
+class MergeArguments:
+    """
+    Arguments of the merge after training.
+
+    Args:
+        merge_output_dir (`str`, *optional*):
+            Folder for the merged model. Without it, training ends with the adapter.
+        merge_scale (`float`, *optional*, defaults to `1.0`):
+            Coefficient λ of the adapter in the merge θ_I + λ·M(φ).
+        merge_overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a `merge_output_dir` that is not empty, once the new model is complete.
+    """
+
+    merge_output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the merged model. Without it, training ends with the adapter."},
+    )
+    merge_scale: float = field(
+        default=1.0, metadata={"help": "Coefficient of the adapter in the merge: instruct model + scale × adapter."}
+    )
+    merge_overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace a merge_output_dir that is not empty, once the new model is complete."},
+    )
+
+
+# What `--help` shows of the some 250 fields; `--help_all` shows the rest
+_SECTIONS = {
+    "models": "model_name_or_path model_revision instruct_model_name_or_path instruct_model_revision "
+    "instruct_model_init_kwargs dtype attn_implementation load_in_4bit",
+    "data": "dataset_name dataset_config dataset_train_split dataset_test_split prompt_column completion_column "
+    "system_prompt prompt_suffix max_samples max_length packing completion_only_loss assistant_only_loss",
+    "GIFT": "annotator confidence_exponent confidence_floor eos_confidence weight_normalization",
+    "adapter": "use_peft lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
+    "training": "output_dir learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps bf16 gradient_checkpointing eval_strategy save_strategy "
+    "logging_steps seed use_cpu deepspeed resume_from_checkpoint push_to_hub",
+    "merge": "merge_output_dir merge_scale merge_overwrite",
+}
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # `--max_length, --max-length MAX_LENGTH` is one spelling too many to read
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is argparse.SUPPRESS or action.nargs == 0:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class RecipeParser(TrlParser):
+    """
+    [`~trl.TrlParser`] with a help a person can read: the fields that matter for GIFT, in the order of a recipe.
+
+    Args:
+        dataclass_types (`list[type]`):
+            Dataclasses of the arguments.
+        sections (`dict[str, str]`):
+            Names of the fields that `--help` shows, by section.
+        kwargs (`dict[str, Any]`):
+            Keyword arguments of [`~trl.TrlParser`].
+    """
+
+    def __init__(self, dataclass_types: list[type], sections: dict[str, str], **kwargs):
+        super().__init__(dataclass_types, formatter_class=_HelpFormatter, **kwargs)
+        self._sections = sections
+        self.add_argument(
+            "--help_all", action=_HelpAll, help="show every field, those inherited from TRL and transformers too"
+        )
+
+    def parse_args_and_config(self, args: list[str] | None = None, **kwargs) -> tuple:
+        args = list(sys.argv[1:] if args is None else args)
+        args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if "--config" in args:
+            self._check_recipe_file(args[args.index("--config") + 1 :])
+        return super().parse_args_and_config(args, **kwargs)
+
+    def _check_recipe_file(self, following: list[str]) -> None:
+        if not following or not os.path.isfile(following[0]):
+            raise FileNotFoundError(
+                f"There is no recipe file `{following[0] if following else ''}`. Give `--config` the path of a YAML file."
+            )
+        with open(following[0], encoding="utf-8") as file:
+            try:
+                recipe = yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                raise ValueError(f"The recipe is not valid YAML: {error}") from error
+        choices = {action.dest for action in self._actions if action.choices}
+        for key, value in (recipe if isinstance(recipe, dict) else {}).items():
+            if key in choices and isinstance(value, bool):
+                raise ValueError(
+                    f"`{key}` is {value} in the recipe, because YAML reads an unquoted no, off, yes or on as a boolean. "
+                    f'Quote it: `{key}: "{"yes" if value else "no"}"`.'
+                )
+
+    def format_help(self, everything: bool = False) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage("%(prog)s --config RECIPE.yaml [--FIELD VALUE ...]", [], [])
+        formatter.add_text(self.description)
+        actions = {action.dest: action for action in reversed(self._actions)}
+        actions.pop("help"), actions.pop("help_all")
+        for title, names in self._sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments([actions.pop(name) for name in names.split()])
+            formatter.end_section()
+        if everything:
+            formatter.start_section("inherited from TRL and transformers")
+            formatter.add_arguments(list(actions.values()))
+            formatter.end_section()
+        else:
+            formatter.add_text(f"{len(actions)} more fields are inherited from TRL and transformers: see --help_all.")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def make_recipe_parser(
+    prog: str | None = None,
+    description: str | None = None,
+    epilog: str | None = None,
+    extra: tuple[type, dict[str, str]] | None = None,
+) -> RecipeParser:
+    """
+    Parser of a recipe.
+
+    Args:
+        prog (`str`, *optional*):
+            Name of the program in the help.
+        description (`str`, *optional*):
+            Text before the options.
+        epilog (`str`, *optional*):
+            Text after the options.
+        extra (`tuple[type, dict[str, str]]`, *optional*):
+            Dataclass of further arguments, with their sections in the help.
+
+    Returns:
+        [`RecipeParser`]: Its `parse_args_and_config` gives a [`GIFTScriptArguments`], [`GIFTConfig`],
+        [`~trl.ModelConfig`], [`~trl.DatasetMixtureConfig`] and [`MergeArguments`], then the extra one.
+    """
+    types = [GIFTScriptArguments, GIFTConfig, ModelConfig, DatasetMixtureConfig, MergeArguments]
+    sections = dict(_SECTIONS)
+    if extra is not None:
+        types.append(extra[0])
+        sections = {**extra[1], **sections}
+    return RecipeParser(types, sections, prog=prog, description=description, epilog=epilog)

@@ -1,0 +1,72 @@
+"""`gift-trl`: the front door to the commands."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+
+# Listed here, so that `gift-trl --help` imports neither torch nor TRL
+COMMANDS = {
+    "annotate": "score every target token of a dataset with the instruct model (stage 1)",
+    "train": "annotate if needed, train the adapter on the base model, merge it if asked (stages 1 to 3)",
+    "merge": "add a trained adapter to the instruct model's checkpoint (stage 3)",
+    "quickstart": "see the whole method at work on a tiny model pair, in minutes on a CPU",
+    "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",
+}
+_DEBUG = "GIFT_TRL_DEBUG"
+
+
+def _usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: gift-trl COMMAND [options]\n\n"
+        "GIFT (Guided Fine-Tuning and Transfer): adapt an instruction-tuned model to your task. The instruct model\n"
+        "scores your data, an adapter is trained on the base model, and is merged into the instruct model.\n\n"
+        f"commands:\n{commands}\n\n"
+        "options:\n"
+        "  -h, --help  show this message; `gift-trl COMMAND --help` shows the options of a command\n"
+        "  --version   show the version\n"
+    )
+
+
+def run(command: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """
+    Runs a command; what the user can mend ends as one message and the exit status 1, not as a traceback.
+
+    Args:
+        command (`Callable`):
+            `main` of a command module.
+        argv (`list[str]`, *optional*):
+            Arguments. Defaults to those of the process.
+    """
+    try:
+        command(argv)
+    except (OSError, TypeError, ValueError) as error:
+        if os.environ.get(_DEBUG):
+            raise
+        print(f"error: {error}\n(Set {_DEBUG}=1 to see where it was raised.)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Entry point of `gift-trl`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from gift_trl import __version__
+
+        print(f"gift_trl {__version__}")
+        return
+    if arguments[0] not in COMMANDS:
+        print(f"error: there is no command `{arguments[0]}`.\n\n{_usage()}", end="", file=sys.stderr)
+        raise SystemExit(2)
+    module = importlib.import_module(f"gift_trl.scripts.{arguments[0].replace('-', '_')}")
+    run(module.main, arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The datasets of a recipe."""
+
+import dataclasses
+import os
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from trl import DatasetMixtureConfig, get_dataset
+from trl.data_utils import get_dataset_column_names
+
+from gift_trl.annotation import load_annotated_dataset
+from gift_trl.annotation.storage import PROVENANCE_FILE
+from gift_trl.scripts.arguments import GIFTScriptArguments
+
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_recipe_datasets(
+    script_args: GIFTScriptArguments, mixture: DatasetMixtureConfig, *, evaluate: bool, seed: int
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """
+    Loads the training and evaluation data a recipe names, with its columns mapped.
+
+    Args:
+        script_args ([`GIFTScriptArguments`]):
+            What the recipe says about the data.
+        mixture ([`~trl.DatasetMixtureConfig`]):
+            The recipe's `datasets:` section.
+        evaluate (`bool`):
+            Whether an evaluation set is needed.
+        seed (`int`):
+            Seed of a split made with `test_split_size`.
+
+    Returns:
+        `tuple`: Training set, and evaluation set or `None`.
+
+    Raises:
+        `ValueError`: If the recipe names no data or two, or a split or column does not exist.
+        `FileNotFoundError`: If a local file does not exist.
+    """
+    if bool(mixture.datasets) == bool(script_args.dataset_name):
+        raise ValueError(
+            "The recipe names "
+            + (
+                "both `datasets` and `dataset_name`. Keep one."
+                if mixture.datasets
+                else "no data: set `dataset_name`, "
+            )
+            + ("" if mixture.datasets else "or list `datasets:`.")
+        )
+    # Split below: `get_dataset` splits without a seed, so every process and every resumed run would differ
+    whole = dataclasses.replace(mixture, test_split_size=None)
+    loaded = get_dataset(whole) if mixture.datasets else _load(script_args, mixture.streaming)
+    train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+    _require_split(loaded, train_split, "dataset_train_split")
+    if evaluate and mixture.test_split_size is not None and test_split not in loaded:
+        if not isinstance(loaded[train_split], Dataset):
+            raise ValueError("`test_split_size` cannot split a stream. Load without streaming, or name a test split.")
+        loaded = loaded[train_split].train_test_split(test_size=mixture.test_split_size, seed=seed)
+        train_split = "train"
+        test_split = "test"
+    if evaluate:
+        _require_split(loaded, test_split, "dataset_test_split` (or `test_split_size`, or `eval_strategy: no")
+    train = loaded[train_split]
+    if script_args.max_samples is not None:
+        train = train.take(script_args.max_samples)
+    return _map_columns(train, script_args), _map_columns(loaded[test_split], script_args) if evaluate else None
+
+
+def _load(script_args: GIFTScriptArguments, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    name = os.path.expanduser(script_args.dataset_name)
+    streaming = streaming or script_args.dataset_streaming
+    extension = os.path.splitext(name)[1].lower()
+    if os.path.isdir(name):
+        if os.path.isfile(os.path.join(name, PROVENANCE_FILE)):
+            return load_annotated_dataset(name)
+        if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
+            saved = load_from_disk(name)
+            return saved if isinstance(saved, DatasetDict) else DatasetDict({script_args.dataset_train_split: saved})
+    elif extension in _BUILDERS:
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"There is no file `{name}`. Check `dataset_name` (`--dataset`).")
+        return load_dataset(_BUILDERS[extension], data_files=name, streaming=streaming)
+    return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+
+
+def _require_split(loaded: DatasetDict | IterableDatasetDict, split: str, remedy: str) -> None:
+    if split not in loaded:
+        raise ValueError(f"The data has the splits {sorted(loaded)}, and no split `{split}`. Set `{remedy}`.")
+
+
+def _map_columns(dataset: Dataset | IterableDataset, script_args: GIFTScriptArguments) -> Dataset | IterableDataset:
+    columns = get_dataset_column_names(dataset)
+    if script_args.prompt_column is None or "input_ids" in columns:
+        return dataset
+    missing = [c for c in (script_args.prompt_column, script_args.completion_column) if c not in columns]
+    if missing:
+        raise ValueError(
+            f"The data has the columns {sorted(columns)}, and no column {' or '.join(f'`{c}`' for c in missing)}. Set "
+            "`prompt_column` and `completion_column` to the question and the answer."
+        )
+    system = [{"role": "system", "content": script_args.system_prompt}] if script_args.system_prompt else []
+    suffix = script_args.prompt_suffix or ""
+
+    def to_conversation(row: dict[str, Any], index: int) -> dict[str, Any]:
+        question, answer = row[script_args.prompt_column], row[script_args.completion_column]
+        for column, text in ((script_args.prompt_column, question), (script_args.completion_column, answer)):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"Row {index} of the data has no text in the column `{column}` (it holds {text!r}). Fill or "
+                    "remove the row."
+                )
+        return {
+            "prompt": [*system, {"role": "user", "content": question + suffix}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+
+    options = {} if isinstance(dataset, IterableDataset) else {"desc": "Mapping columns"}
+    return dataset.map(to_conversation, with_indices=True, remove_columns=columns, **options)

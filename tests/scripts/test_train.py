@@ -1,0 +1,162 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DatasetMixtureConfig
+
+from gift_trl import GIFTConfig
+from gift_trl.annotation import load_annotated_dataset, read_provenance
+from gift_trl.scripts import annotate, train
+from gift_trl.scripts.arguments import GIFTScriptArguments
+from gift_trl.scripts.data import load_recipe_datasets
+
+
+def test_one_run_annotates_trains_and_merges(recipe, pair, tmp_path):
+    train.main(["--config", recipe()])
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    # The merged model is the instruct model with the adapter, not the base model with it
+    instruct = AutoModelForCausalLM.from_pretrained(pair[1])
+    expected = PeftModel.from_pretrained(instruct, adapter).merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(pair[1]).chat_template
+    state = json.loads((adapter / "checkpoint-4" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_annotating_first_gives_the_same_adapter(recipe, tmp_path, capsys):
+    config = recipe(merge_output_dir=None)
+    train.main(["--config", config])
+    annotate.main(["--config", config, "--annotation_output_dir", str(tmp_path / "annotated")])
+    assert "8 rows annotated by instruct (float32)" in capsys.readouterr().out
+    annotated = load_annotated_dataset(tmp_path / "annotated")["train"]
+    assert annotated[0]["prompt"] == [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "What is two plus two? Be brief."},
+    ]
+    assert read_provenance(annotated)[0].rows == 8
+    again = ["--output_dir", str(tmp_path / "again"), "--dataset", str(tmp_path / "annotated")]
+    train.main(["--config", config, *again])
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_command_line_wins_over_the_recipe(recipe):
+    config = recipe(confidence_exponent=2.0, learning_rate="1e-3")
+    parsed = train.make_parser().parse_args_and_config(["--config", config, "--confidence_exponent", "0.5"])
+    assert isinstance(parsed[1], GIFTConfig)
+    assert parsed[1].confidence_exponent == 0.5
+    assert parsed[1].learning_rate == 1e-3
+    parsed = train.make_parser().parse_args_and_config([f"--config={config}"])
+    assert parsed[1].confidence_exponent == 2.0
+
+
+def test_eos_confidence_may_be_none_in_both(recipe):
+    parser = train.make_parser()
+    assert parser.parse_args_and_config(["--bf16", "false", "--eos_confidence", "none"])[1].eos_confidence is None
+    path = Path(recipe())
+    path.write_text(path.read_text() + "eos_confidence: null\n")
+    assert train.make_parser().parse_args_and_config(["--config", str(path)])[1].eos_confidence is None
+
+
+def test_resume_gives_the_uninterrupted_run(recipe, tmp_path):
+    config = recipe(save_strategy="steps", save_steps=2, merge_output_dir=None)
+    train.main(["--config", config])
+    whole = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    # What a run killed after its second step leaves behind: a checkpoint, and no adapter yet
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    (tmp_path / "adapter" / "checkpoint-2").rename(interrupted / "checkpoint-2")
+    train.main(["--config", config, "--output_dir", str(interrupted), "--resume_from_checkpoint", "true"])
+    resumed = load_file(interrupted / "adapter_model.safetensors")
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_mixture_and_evaluation_split(recipe, tmp_path):
+    path = Path(recipe(dataset_name=None, eval_strategy="epoch", test_split_size=0.25, merge_output_dir=None))
+    settings = yaml.safe_load(path.read_text())
+    settings["datasets"] = [{"path": "json", "data_files": str(tmp_path / "data.jsonl")}]
+    path.write_text(yaml.safe_dump(settings))
+    train.main(["--config", str(path)])
+    state = json.loads((tmp_path / "adapter" / "checkpoint-4" / "trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert evaluations and "eval_gift/confidence_mean" in evaluations[0]
+
+
+def test_local_file_is_split_for_evaluation(recipe, tmp_path):
+    train.main(["--config", recipe(eval_strategy="epoch", test_split_size=0.25, merge_output_dir=None, max_samples=4)])
+    state = json.loads((tmp_path / "adapter" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in state["log_history"])
+
+
+def test_annotated_folders_hold_the_evaluation_split_too(recipe, tmp_path):
+    config = recipe(eval_strategy="epoch", test_split_size=0.25, merge_output_dir=None)
+    annotate.main(["--config", config, "--annotation_output_dir", str(tmp_path / "annotated")])
+    splits = load_annotated_dataset(tmp_path / "annotated")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 6, "test": 2}
+    train.main(["--config", config, "--dataset", str(tmp_path / "annotated")])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_mixtures_are_split_alike_every_time(tmp_path, recipe):
+    recipe()
+    mixture = DatasetMixtureConfig(
+        datasets=[{"path": "json", "data_files": str(tmp_path / "data.jsonl")}], test_split_size=0.25
+    )
+    splits = [load_recipe_datasets(GIFTScriptArguments(), mixture, evaluate=True, seed=seed) for seed in (1, 1, 2)]
+    questions = [[rows["question"] for rows in part] for split in splits for part in split]
+    assert questions[:2] == questions[2:4] != questions[4:]
+    whole, _ = load_recipe_datasets(GIFTScriptArguments(), mixture, evaluate=False, seed=1)
+    assert len(whole) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(recipe, tmp_path):
+    """DDP: 2 processes × 2 rows equal 1 process × 4 rows, annotation included."""
+    config = recipe(optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", learning_rate=0.05)
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import sys\n"
+        "from accelerate import PartialState\n"
+        "from gift_trl.scripts import train\n"
+        "expected = int(sys.argv.pop(1))\n"
+        "train.main(sys.argv[1:])\n"
+        "state = PartialState()\n"
+        "assert state.num_processes == expected, state\n"
+        "assert state.distributed_type.value == ('MULTI_CPU' if expected > 1 else 'NO'), state\n"
+    )
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
+        command = [
+            *(launch or [sys.executable]),
+            str(probe),
+            str(processes),
+            "--config",
+            config,
+            "--output_dir",
+            str(tmp_path / f"adapter{processes}"),
+            "--merge_output_dir",
+            str(tmp_path / f"merged{processes}"),
+            "--per_device_train_batch_size",
+            str(4 // processes),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / f"adapter{n}" / "adapter_model.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys()
+    difference = sum((two[name].double() - value.double()).square().sum() for name, value in one.items()).sqrt()
+    assert difference / sum(value.double().square().sum() for value in one.values()).sqrt() < 1e-6
+    assert (tmp_path / "merged2" / "model.safetensors").is_file()
