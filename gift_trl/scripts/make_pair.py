@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+
 _DESCRIPTION = """\
 Trains a byte-level BPE tokenizer on a JSON-lines file and saves a small Llama with random weights, twice: as
 OUTPUT_DIR/base, and a small random step away as OUTPUT_DIR/instruct. Both load like any pair of a base and an instruct
