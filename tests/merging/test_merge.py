@@ -319,7 +319,8 @@ def test_kill_leaves_no_output(adapter_and_instruct, tmp_path):
                 setattr(module, name, replacement)
                 merge_adapter(adapter, instruct, f"{output}/{moment}/merged")
                 os._exit(0)
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            # Flushed, or the next child inherits the text and may print it again
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
     # One thread: a child of fork has none of its parent's workers.
     run = subprocess.run(
