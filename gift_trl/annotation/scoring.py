@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, is_peft_model
-from tqdm.auto import tqdm
+from datasets.utils import tqdm
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 

@@ -66,8 +66,9 @@ class PairSettings:
         instruct_learning_rate (`float`, *optional*, defaults to `2e-4`):
             Learning rate of the post-training. The instruct model has to stay near the base model: an adapter only
             carries over between models that are close.
-        num_threads (`int`, *optional*, defaults to `2`):
-            CPU threads while training. Part of the settings because it decides the order of floating-point sums.
+        num_threads (`int`, *optional*, defaults to `1`):
+            CPU threads while training. Part of the settings because it may change the order of floating-point sums. On
+            matrices this small a second thread gains little, and on a busy machine two wait for each other.
     """
 
     hidden_size: int = 128
@@ -78,7 +79,7 @@ class PairSettings:
     base_learning_rate: float = 3e-3
     instruct_steps: int = 200
     instruct_learning_rate: float = 2e-4
-    num_threads: int = 2
+    num_threads: int = 1
 
     def fingerprint(self) -> str:
         """Returns a short hash of all that changes the models besides the seed."""

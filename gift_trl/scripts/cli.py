@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -41,6 +42,8 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None = No
         argv (`list[str]`, *optional*):
             Arguments. Defaults to those of the process.
     """
+    # TRL's own default raises it in every run, and nothing a recipe says can mend it
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         command(argv)
     except (OSError, TypeError, ValueError) as error:

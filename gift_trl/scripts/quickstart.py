@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     output_dir = _check_output_dir(options.output_dir)
     start = time.perf_counter()
-    # Read by libraries on import. OpenMP threads that spin while they wait starve each other on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by libraries on import.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from rich.console import Console
@@ -139,8 +138,8 @@ def _compare(seed: int, mixes: list[str] | None, folder: Path) -> "Comparison":
     args, peft_config = _load_recipe()
     chosen = [(mix, None) for mix in dict.fromkeys(mixes)] if mixes else _DEFAULT_SETTINGS
     settings = [Setting(mix, args.learning_rate if rate is None else rate) for mix, rate in chosen]
-    # More threads than this only get in each other's way on matrices this small.
-    torch.set_num_threads(2)
+    # On matrices this small a second thread gains little, and on a busy machine two wait for each other most of the time.
+    torch.set_num_threads(1)
     with progress_display() as progress:
         pair = make_pair(seed, progress=progress)
         comparison = run_comparison(pair, settings, args, peft_config, seed=seed, progress=progress)

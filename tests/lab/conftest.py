@@ -7,7 +7,7 @@ import pytest
 from gift_trl.lab.pair import PairSettings, make_pair
 
 
-SHORT_TRAINING = PairSettings(hidden_size=32, base_steps=12, instruct_steps=4, num_threads=1)
+SHORT_TRAINING = PairSettings(hidden_size=32, base_steps=12, instruct_steps=4)
 
 
 @pytest.fixture(scope="session")
