@@ -131,14 +131,15 @@ def annotate_dataset(
     tokenizer = prepare_processing_class(processing_class, args)
 
     whole = tokenize_dataset(dataset, tokenizer, args, formatting_func=formatting_func, dataset_name=dataset_name)
-    cut, truncated = (whole, 0) if packing else truncate_rows(whole, args)
+    cut = whole if packing else truncate_rows(whole, args)
     kept, dropped = find_rows_with_targets(cut, whole)
     if not kept:
         raise ValueError(
             f"No row of the {dataset_name} dataset has a token to learn from ({dropped}). Raise `max_length`, or check "
             "that the completions are not empty and the masks not all zero."
         )
-    rows = cut if len(kept) == len(cut) else cut.select(kept)
+    rows, whole = (cut, whole) if len(kept) == len(cut) else (cut.select(kept), whole.select(kept))
+    truncated = sum(len(a) < len(b) for a, b in zip(rows["input_ids"], whole["input_ids"], strict=True))
 
     own_model = isinstance(instruct_model, str)
     model = _load_scoring_model(instruct_model, load_kwargs) if own_model else instruct_model

@@ -149,7 +149,7 @@ def _check_columns(
         )
 
 
-def truncate_rows(dataset: Dataset, args: SFTConfig) -> tuple[Dataset, int]:
+def truncate_rows(dataset: Dataset, args: SFTConfig) -> Dataset:
     """
     Cuts `input_ids` and `labels` to `args.max_length` tokens, as SFTTrainer does.
 
@@ -160,20 +160,17 @@ def truncate_rows(dataset: Dataset, args: SFTConfig) -> tuple[Dataset, int]:
             Training arguments.
 
     Returns:
-        `tuple[Dataset, int]`: The dataset and the number of rows that were cut.
+        [`~datasets.Dataset`]: The dataset with its rows cut.
     """
     if args.max_length is None:
-        return dataset, 0
-    too_long = sum(len(ids) > args.max_length for ids in dataset["input_ids"])
-    if too_long:
-        kept = token_slice(args)
-        with PartialState().main_process_first():
-            dataset = dataset.map(
-                lambda row: {"input_ids": row["input_ids"][kept], "labels": row["labels"][kept]},
-                num_proc=args.dataset_num_proc,
-                desc="Truncating",
-            )
-    return dataset, too_long
+        return dataset
+    kept = token_slice(args)
+    with PartialState().main_process_first():
+        return dataset.map(
+            lambda row: {"input_ids": row["input_ids"][kept], "labels": row["labels"][kept]},
+            num_proc=args.dataset_num_proc,
+            desc="Truncating",
+        )
 
 
 def token_slice(args: SFTConfig) -> slice:

@@ -107,6 +107,7 @@ def test_rows_without_targets_are_counted_by_reason(pair, conversations):
     dataset = Dataset.from_list([*conversations.select(range(3)), long])
     annotated = annotate_dataset(dataset, pair[1], args=SFTConfig(bf16=False, max_length=60))
     (provenance,) = read_provenance(annotated)
+    assert provenance.truncated == 0, "a row that is left out is not counted as cut"
     assert provenance.rows == len(annotated) == 3
     assert provenance.dropped == {"prompt fills max_length": 1}
     masked = annotate_dataset(
