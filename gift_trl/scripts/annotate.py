@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import TrlParser
 
     from gift_trl.annotation import Provenance
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
 
 
-def summarize_annotation(dataset: "Dataset", provenance: "Provenance") -> str:  # noqa: F821
+def summarize_annotation(dataset: "Dataset", provenance: "Provenance") -> str:
     """
     What a person wants to know of an annotation: rows kept and left out, and how sure the instruct model is.
 

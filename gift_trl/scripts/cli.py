@@ -1,5 +1,6 @@
 """`gift-trl`: the front door to the commands."""
 
+import argparse
 import importlib
 import os
 import sys
@@ -16,6 +17,10 @@ COMMANDS = {
     "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",
 }
 _DEBUG = "GIFT_TRL_DEBUG"
+
+
+class ExampleHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, the example left as it is laid out."""
 
 
 def _usage() -> str:

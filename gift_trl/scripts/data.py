@@ -41,13 +41,9 @@ def load_recipe_datasets(
     """
     if bool(mixture.datasets) == bool(script_args.dataset_name):
         raise ValueError(
-            "The recipe names "
-            + (
-                "both `datasets` and `dataset_name`. Keep one."
-                if mixture.datasets
-                else "no data: set `dataset_name`, "
-            )
-            + ("" if mixture.datasets else "or list `datasets:`.")
+            "The recipe names both `datasets` and `dataset_name`. Keep one."
+            if mixture.datasets
+            else "The recipe names no data: set `dataset_name`, or list `datasets:`."
         )
     # Split below: `get_dataset` splits without a seed, so every process and every resumed run would differ
     whole = dataclasses.replace(mixture, test_split_size=None)

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from gift_trl.scripts.cli import ExampleHelpFormatter
+
 
 _DESCRIPTION = """\
 Trains a byte-level BPE tokenizer on a JSON-lines file and saves a small Llama with random weights, twice: as
@@ -17,14 +19,13 @@ example:
 """
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, the example left as it is laid out."""
-
-
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Parser of the command."""
     parser = argparse.ArgumentParser(
-        prog=prog or "gift-trl make-pair", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_HelpFormatter
+        prog=prog or "gift-trl make-pair",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=ExampleHelpFormatter,
     )
     parser.add_argument("--dataset", required=True, help="JSON-lines file", default=argparse.SUPPRESS)
     parser.add_argument(

@@ -1,8 +1,9 @@
 """`gift-trl merge`: adds an adapter to the instruct model's checkpoint."""
 
-import argparse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from gift_trl.scripts.cli import ExampleHelpFormatter
 
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ _EPILOG = """\
 example:
   %(prog)s --adapter outputs/adapter --instruct_model Qwen/Qwen2.5-7B-Instruct --output_dir outputs/merged
 """
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, the example left as it is laid out."""
 
 
 @dataclass
@@ -87,7 +84,7 @@ def make_parser(prog: str | None = None) -> "TrlParser":
         usage="%(prog)s --adapter ADAPTER --instruct_model MODEL --output_dir DIR [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=_HelpFormatter,
+        formatter_class=ExampleHelpFormatter,
     )
 
 
