@@ -156,16 +156,34 @@ def check_same_vocabulary(base_tokenizer: PreTrainedTokenizerBase, tokenizer: Pr
     Raises:
         `ValueError`: If an ordinary token id means something else in the two; the message shows the first ones.
     """
-    tokens, base_tokens = ({i: token for token, i in t.get_vocab().items()} for t in (tokenizer, base_tokenizer))
-    added = set(tokenizer.added_tokens_decoder) | set(base_tokenizer.added_tokens_decoder)
-    conflicts = [i for i in sorted((tokens.keys() & base_tokens.keys()) - added) if tokens[i] != base_tokens[i]]
+    conflicts = vocabulary_conflicts(base_tokenizer, tokenizer)
     if conflicts:
-        shown = ", ".join(f"{i} ({base_tokens[i]!r} against {tokens[i]!r})" for i in conflicts[:3])
         raise ValueError(
-            f"The base and the instruct model do not share a vocabulary: {len(conflicts)} token ids mean something "
-            f"else, the first being {shown}. GIFT feeds the same ids to both models. Name the base model that this "
-            "instruct model was post-trained from."
+            f"The base and the instruct model do not share a vocabulary: {conflicts}. GIFT feeds the same ids to both "
+            "models. Name the base model that this instruct model was post-trained from."
         )
+
+
+def vocabulary_conflicts(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """
+    Describes the ordinary token ids to which two tokenizers give different meanings.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        other ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer it is compared with.
+
+    Returns:
+        `str` or `None`: Their number and the first ones; `None` if there is none.
+    """
+    tokens, others = ({i: token for token, i in t.get_vocab().items()} for t in (tokenizer, other))
+    added = set(tokenizer.added_tokens_decoder) | set(other.added_tokens_decoder)
+    conflicts = [i for i in sorted((tokens.keys() & others.keys()) - added) if tokens[i] != others[i]]
+    if not conflicts:
+        return None
+    shown = ", ".join(f"{i} ({tokens[i]!r} against {others[i]!r})" for i in conflicts[:3])
+    return f"{len(conflicts)} token ids mean something else, the first being {shown}"
 
 
 def end_of_turn_token_ids(
@@ -196,20 +214,3 @@ def end_of_turn_token_ids(
     if stop is not None:
         ids.update(stop if isinstance(stop, list) else [stop])
     return sorted(ids)
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """
-    Number of rows of the input embedding, above which a token id cannot be embedded.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model.
-
-    Returns:
-        `int`: Number of rows.
-    """
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, torch.nn.Module):
-        raise TypeError(f"{type(model).__name__} has no input embedding; GIFT needs a causal language model.")
-    return embedding.weight.shape[0]

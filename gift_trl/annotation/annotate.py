@@ -4,40 +4,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.logging import get_logger
-from accelerate.utils import release_memory
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 from trl import SFTConfig
-from trl.trainer.utils import create_model_from_path
 
-from gift_trl.annotation.provenance import (
-    Provenance,
-    add_provenance,
-    hash_chat_template,
-    hash_vocabulary,
-    identify_commit,
-    identify_weights,
-    library_versions,
-    model_name,
-)
-from gift_trl.annotation.scoring import score_tokens, unwrap_model
-from gift_trl.annotation.tokenization import (
-    find_rows_with_targets,
-    prepare_processing_class,
-    tokenize_dataset,
-    truncate_rows,
-)
-from gift_trl.model_pair import end_of_turn_token_ids, load_config, load_tokenizer
-
-
-logger = get_logger(__name__)
+from gift_trl.annotation.annotator import Annotator
 
 
 def annotate_dataset(
@@ -50,7 +21,12 @@ def annotate_dataset(
     model_init_kwargs: dict[str, Any] | None = None,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
     packing: bool | None = None,
-    tokens_per_batch: int = 4096,
+    engine: str = "transformers",
+    base_url: str | None = None,
+    served_model_name: str | None = None,
+    concurrency: int = 16,
+    tokens_per_batch: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     dataset_name: str = "train",
 ) -> Dataset:
     """
@@ -60,13 +36,18 @@ def annotate_dataset(
     reference token, from the [GIFT paper](https://huggingface.co/papers/2605.01256). It belongs to the very token ids
     that are trained on: text is never tokenised twice.
 
+    What a named model has scored is kept in a cache, by the content of the tokens and weights: the same call returns at
+    once, and one that was killed goes on where it was, to the same last bit. Under `accelerate launch` or `torchrun`,
+    every process scores its share.
+
     Args:
         dataset ([`~datasets.Dataset`]):
             Any dataset SFTTrainer takes: language modeling or prompt-completion, standard or conversational, or
             already tokenised with `input_ids` and optionally `labels`.
         instruct_model (`str` or [`~transformers.PreTrainedModel`]):
             Model that scores the tokens: a Hub id, a checkpoint folder or a loaded model. A name is loaded in the
-            checkpoint's own dtype unless `model_init_kwargs` says otherwise, and freed afterwards.
+            checkpoint's own dtype unless `model_init_kwargs` says otherwise, and freed afterwards. A loaded model is
+            scored with every time, since nothing identifies its weights.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer, with its chat template. Defaults to the one of `instruct_model`.
         args ([`~trl.SFTConfig`], *optional*):
@@ -76,26 +57,41 @@ def annotate_dataset(
         revision (`str`, *optional*):
             Revision of the instruct model on the Hub.
         model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`].
+            Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`]. `device_map="auto"`, the
+            default of a single process with GPUs, spreads a model that is too large for one of them.
         formatting_func (`Callable`, *optional*):
             SFTTrainer's formatting function.
         packing (`bool`, *optional*):
             Whether the rows will be packed. Rows to be packed are scored whole, and packing cuts them afterwards, so
             that every q is the one of the full context. Defaults to `args.packing`.
-        tokens_per_batch (`int`, *optional*, defaults to `4096`):
-            Upper bound of the padded number of tokens in one forward pass.
+        engine (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"` scores in this process. `"vllm"` asks the vLLM server at `base_url`, which must serve
+            `instruct_model`.
+        base_url (`str`, *optional*):
+            Address of the server's OpenAI-compatible interface, such as `http://localhost:8000/v1`.
+        served_model_name (`str`, *optional*):
+            Name of the instruct model at the server. Needed only if it serves several.
+        concurrency (`int`, *optional*, defaults to `16`):
+            Number of requests a process keeps in flight at the server.
+        tokens_per_batch (`int`, *optional*):
+            Upper bound of the padded number of tokens in one forward pass. Defaults to what fits into half of the free
+            memory of the GPU, and to 4096 on a CPU. It moves the confidences by rounding only.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Folder of the cache. Defaults to `gift_trl/annotations` in the Hugging Face home (`HF_HOME`).
         dataset_name (`str`, *optional*, defaults to `"train"`):
             Name of the dataset in messages and progress bars.
 
     Returns:
-        [`~datasets.Dataset`]: The rows, in order and with their columns, plus `input_ids`, `labels` and
-        `confidences`: a list of float32 as long as `input_ids`, whose entry `i` is the probability of token `i` given
-        the tokens before it, and 0.0 where the label is `-100` and at position 0. Rows without a target token are
-        left out and counted by reason in the provenance, see [`read_provenance`].
+        [`~datasets.Dataset`]: The rows, in order and with their columns, plus `input_ids`, `labels`, `confidences` and
+        `original_index`. `confidences` is a list of float32 as long as `input_ids`, whose entry `i` is the probability
+        of token `i` given the tokens before it, and 0.0 where the label is `-100` and at position 0. `original_index` is
+        the row's index in `dataset`; a dataset that has such a column keeps its own. Rows without a target token are
+        left out and listed by reason in the provenance, see [`read_provenance`].
 
     Raises:
         `ValueError`: If the data or the model cannot be scored; the message says which row and what to do.
         `FileNotFoundError`: If the model is not found.
+        `OSError`: If the confidences find no room on the disk, or the server does not answer.
 
     Example:
 
@@ -107,126 +103,18 @@ def annotate_dataset(
     >>> annotated = annotate_dataset(dataset, "Qwen/Qwen2.5-7B-Instruct")
     ```
     """
-    # TRL turns bf16 on by default, which fails on a machine without a GPU; scoring does not read it
-    args = SFTConfig(bf16=False) if args is None else args
-    packing = args.packing if packing is None else packing
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"The {dataset_name} dataset is a `{type(dataset).__name__}`, which cannot be scored ahead of training. "
-            "Materialise it as a `datasets.Dataset` (for example by loading it without streaming)."
-        )
-    if "confidences" in dataset.column_names:
-        raise ValueError(
-            f"The {dataset_name} dataset already has a `confidences` column. Remove the columns `input_ids`, `labels` "
-            "and `confidences` to annotate it again."
-        )
-    load_kwargs = dict(model_init_kwargs or {})
-    revision = load_kwargs.setdefault("revision", revision)
-    config_kwargs = {"revision": revision, "trust_remote_code": load_kwargs.get("trust_remote_code", False)}
-    check_scoring_model(instruct_model, **config_kwargs)
-    if processing_class is None:
-        processing_class = load_tokenizer(instruct_model, **config_kwargs)
-    # Before the scoring, since it also finds a checkpoint without safetensors
-    commit, weights = identify_commit(instruct_model, revision), identify_weights(instruct_model, revision)
-    tokenizer = prepare_processing_class(processing_class, args)
-
-    whole = tokenize_dataset(dataset, tokenizer, args, formatting_func=formatting_func, dataset_name=dataset_name)
-    cut = whole if packing else truncate_rows(whole, args)
-    kept, dropped = find_rows_with_targets(cut, whole)
-    if not kept:
-        raise ValueError(
-            f"No row of the {dataset_name} dataset has a token to learn from ({dropped}). Raise `max_length`, or check "
-            "that the completions are not empty and the masks not all zero."
-        )
-    rows, whole = (cut, whole) if len(kept) == len(cut) else (cut.select(kept), whole.select(kept))
-    truncated = sum(len(a) < len(b) for a, b in zip(rows["input_ids"], whole["input_ids"], strict=True))
-
-    own_model = isinstance(instruct_model, str)
-    model = _load_scoring_model(instruct_model, load_kwargs) if own_model else instruct_model
-    try:
-        confidences = score_tokens(
-            model,
-            rows["input_ids"][:],
-            rows["labels"][:],
-            row_names=kept,
-            tokens_per_batch=tokens_per_batch,
-            description=f"Scoring {dataset_name} dataset",
-        )
-        dtype = str(model.dtype).removeprefix("torch.")
-    finally:
-        if own_model:
-            del model
-            release_memory()
-    annotated = rows.add_column("confidences", confidences, feature=List(Value("float32")))
-    provenance = Provenance(
-        model=model_name(instruct_model),
-        commit=commit,
-        weights=weights,
-        dtype=dtype,
-        vocabulary=hash_vocabulary(tokenizer),
-        chat_template=hash_chat_template(tokenizer.chat_template),
-        assistant_only_loss=args.assistant_only_loss,
-        completion_only_loss=args.completion_only_loss,
-        max_length=None if packing else args.max_length,
-        end_of_turn_token_ids=end_of_turn_token_ids(tokenizer, instruct_model, **config_kwargs),
-        rows=len(annotated),
-        truncated=truncated,
-        dropped=dropped,
-        versions=library_versions(),
-    )
-    if dropped:
-        logger.warning(
-            f"{sum(dropped.values())} of {len(dataset)} rows of the {dataset_name} dataset were left out: "
-            + ", ".join(f"{count} × {reason}" for reason, count in dropped.items())
-            + "."
-        )
-    return add_provenance(annotated, provenance)
-
-
-def check_scoring_model(instruct_model: str | PreTrainedModel, **kwargs: Any) -> None:
-    """
-    Checks, before weights are read, that a model can score tokens in this process.
-
-    Args:
-        instruct_model (`str` or [`~transformers.PreTrainedModel`]):
-            Model id, checkpoint folder or loaded model.
-        kwargs (`dict[str, Any]`):
-            Keyword arguments of [`~transformers.AutoConfig.from_pretrained`], such as `revision`.
-
-    Raises:
-        `ValueError`: If it is no causal language model, or its weights would be sharded over the processes.
-        `FileNotFoundError`: If it is not found.
-    """
-    config = load_config(instruct_model, **kwargs)
-    if isinstance(instruct_model, str):
-        architecture = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)])[0]
-    else:
-        architecture = type(unwrap_model(instruct_model)).__name__
-    # Models that read images generate text too, and remote code has names of its own
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    if architecture not in known and "auto_map" not in config.to_dict():
-        raise ValueError(
-            f"The model `{instruct_model if isinstance(instruct_model, str) else config.name_or_path}` is a "
-            f"`{architecture}`, which is no causal language model. Name the instruct model to be merged into."
-        )
-    # Both would hand every process a part of the weights, and the probabilities of a part are wrong without a word
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    if is_deepspeed_zero3_enabled() or fsdp:
-        raise ValueError(
-            f"The instruct model cannot be scored under {'FSDP' if fsdp else 'DeepSpeed ZeRO-3'}, which loads only "
-            "part of its weights in each process. Annotate first, with `gift-trl annotate --config RECIPE "
-            "--annotation_output_dir DIR` in one process, and train with `--dataset DIR`."
-        )
-
-
-def _load_scoring_model(name: str, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    state = PartialState()
-    load_kwargs = dict(load_kwargs)
-    load_kwargs.setdefault("dtype", "auto")
-    distributed = state.num_processes > 1
-    if distributed:
-        load_kwargs["device_map"] = None
-    model = create_model_from_path(name, **load_kwargs)
-    if distributed and "quantization_config" not in load_kwargs and not getattr(model, "is_quantized", False):
-        model = model.to(state.device)
-    return model.requires_grad_(False).eval()
+    with Annotator(
+        instruct_model,
+        processing_class,
+        args=args,
+        revision=revision,
+        model_init_kwargs=model_init_kwargs,
+        formatting_func=formatting_func,
+        engine=engine,
+        base_url=base_url,
+        served_model_name=served_model_name,
+        concurrency=concurrency,
+        tokens_per_batch=tokens_per_batch,
+        cache_dir=cache_dir,
+    ) as annotator:
+        return annotator.annotate(dataset, packing=packing, dataset_name=dataset_name)

@@ -49,8 +49,14 @@ class Provenance:
             Number of annotated rows.
         truncated (`int`):
             Number of rows that were truncated.
-        dropped (`dict[str, int]`):
-            Number of rows left out, by reason.
+        dropped (`dict[str, list[int]]`):
+            Rows left out, by reason, as indices into the dataset that was annotated.
+        engine (`str`):
+            What scored the tokens: `"transformers"`, `"vllm"`, or `"imported"` for scores made elsewhere.
+        quantization (`str` or `None`):
+            Quantisation method of the scoring model, `None` if it is not quantised.
+        tokens_per_batch (`int` or `None`):
+            Upper bound of the padded tokens in one forward pass; it moves the confidences by rounding only.
         versions (`dict[str, str]`):
             Versions of the libraries.
     """
@@ -67,7 +73,10 @@ class Provenance:
     end_of_turn_token_ids: list[int]
     rows: int
     truncated: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    engine: str = "transformers"
+    quantization: str | None = None
+    tokens_per_batch: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

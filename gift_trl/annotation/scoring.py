@@ -1,36 +1,137 @@
-"""Probability of every target token under a causal language model."""
+"""Probability of every target token under a causal language model in this process."""
 
 import contextlib
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, is_peft_model
-from datasets.utils import tqdm
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
-from gift_trl.model_pair import vocabulary_size
+from gift_trl.annotation.head import add_scoring_head
+from gift_trl.annotation.rows import Row
 
 
-def unwrap_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, under the adapters it may be wrapped with."""
-    return model.get_base_model() if is_peft_model(model) else model
+# On a CPU a batch gains nothing over a row; on a GPU nothing is gained beyond the upper bound
+_CPU_TOKENS = 4096
+_GPU_TOKENS = (2048, 32_768)
+# Tokens of the pass that compares the head with the model's own logits, and the largest mean difference of
+# log-probabilities that rounding explains
+_CHECKED_TOKENS = 32
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_PRECISION_TOLERANCE = 0.1
+
+
+class ModelScorer:
+    """
+    Scores rows with a model in this process: `q_t = p(y_t | x, y_<t)`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model with the head of [`add_scoring_head`].
+        run (`Any`, *optional*):
+            What runs its forward pass where that is not the model itself: the DeepSpeed engine that holds its shards.
+    """
+
+    def __init__(self, model: PreTrainedModel, run: Any = None):
+        self.model = model
+        self._run = model if run is None else run
+
+    def check(self, row: Row) -> None:
+        """
+        Compares the head with the model's own logits on the first tokens of a row.
+
+        The head rebuilds what the model does between its hidden states and its logits, and an architecture may do more
+        there than is known.
+
+        Args:
+            row ([`Row`]):
+                Any row.
+
+        Raises:
+            `ValueError`: If they differ by more than rounding.
+        """
+        ids = torch.as_tensor(row.input_ids[None, :_CHECKED_TOKENS])
+        ours = self._forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        logits = self._forward(input_ids=ids).logits
+        theirs = logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None].to(logits.device))[..., 0]
+        difference = (ours.to(theirs) - theirs).abs().mean().item()
+        # Not a number in both is the data's or the weights' fault, and is reported with its row
+        if difference > _TOLERANCE.get(self.model.dtype, _HALF_PRECISION_TOLERANCE):
+            raise ValueError(
+                f"The architecture `{type(unwrap_model(self.model)).__name__}` changes its logits in a way that is not "
+                f"known here: log-probabilities differ by {difference:.2g} from those of its own forward pass. Its "
+                "confidences, and TRL's own loss, would be wrong. Report the architecture."
+            )
+
+    def score(self, batches: Iterable[list[Row]], passes: int = 0) -> Iterator[tuple[Row, np.ndarray]]:
+        """
+        Scores batches of rows.
+
+        Args:
+            batches (`Iterable[list[Row]]`):
+                Batches, each of which is one forward pass.
+            passes (`int`, *optional*, defaults to `0`):
+                Number of forward passes to make in all, where every process must make as many as the others because
+                each holds a part of the weights.
+
+        Yields:
+            `tuple[Row, np.ndarray]`: A row and the float32 probabilities of its targets, in the order of
+            `row.targets`.
+        """
+        made = 0
+        for batch in batches:
+            yield from zip(batch, self._score_batch(batch), strict=True)
+            made += 1
+        ids = torch.zeros((1, 2), dtype=torch.long)
+        for _ in range(made, passes):
+            self._forward(input_ids=ids, labels=ids, fused_lm_head=True)
+
+    def _score_batch(self, batch: list[Row]) -> list[np.ndarray]:
+        lengths = [len(row.input_ids) for row in batch]
+        ids = torch.zeros((len(batch), max(lengths)), dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(batch):
+            ids[i, : lengths[i]] = torch.as_tensor(row.input_ids)
+            labels[i, row.targets] = torch.as_tensor(row.target_ids)
+        inputs = {"input_ids": ids, "labels": labels}
+        if min(lengths) < max(lengths):
+            # From the lengths, never from pad ids: the pad token is often the end-of-sequence token
+            inputs["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        outputs = self._forward(**inputs, fused_lm_head=True)
+        # Rounding may put the probability of a certain token a last digit above 1
+        q = outputs.log_probs.float().exp().clamp(max=1.0).cpu().numpy()
+        return [q[i, row.targets - 1] for i, row in enumerate(batch)]
+
+    def _forward(self, **inputs: Any) -> Any:
+        device = self.model.get_input_embeddings().weight.device
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        return self._run(**inputs)
 
 
 @contextlib.contextmanager
-def _scoring_head(model: PreTrainedModel) -> Iterator[None]:
-    # TRL's fused head gives log-probabilities of the labels without the (batch, length, vocabulary) logits. The model
-    # is the caller's: its forward is put back afterwards.
+def scorer_of(model: PreTrainedModel, run: Any = None) -> Iterator[ModelScorer]:
+    """
+    A scorer of a loaded model, which is left as it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        run (`Any`, *optional*):
+            What runs its forward pass where that is not the model itself.
+
+    Yields:
+        [`ModelScorer`]: The scorer.
+    """
     target = unwrap_model(model)
     own_forward = target.__dict__.get("forward")
     was_training = model.training
-    add_fused_lm_head(target)
+    add_scoring_head(target)
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield ModelScorer(model, run)
     finally:
         model.train(was_training)
         if own_forward is None:
@@ -39,141 +140,54 @@ def _scoring_head(model: PreTrainedModel) -> Iterator[None]:
             target.forward = own_forward
 
 
-def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+def unwrap_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, under the adapters it may be wrapped with."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def default_tokens_per_batch(model: PreTrainedModel) -> int:
     """
-    Groups rows of similar length so that no batch exceeds a number of tokens once padded.
-
-    Args:
-        lengths (`Sequence[int]`):
-            Number of tokens of every row.
-        tokens_per_batch (`int`):
-            Upper bound of rows × longest row of a batch. A longer row is a batch of its own.
-
-    Returns:
-        `list[list[int]]`: Row indices of every batch, longest rows first, so that a memory error comes at the start.
-    """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # Sorted by length: the first row of a batch is its longest
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def score_tokens(
-    model: PreTrainedModel,
-    input_ids: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    *,
-    row_names: Sequence[int] | None = None,
-    tokens_per_batch: int = 4096,
-    description: str = "Annotating",
-) -> list[np.ndarray]:
-    """
-    Probability q of every target token: `q_t = p(y_t | x, y_<t)`, the confidence of the
-    [GIFT paper](https://huggingface.co/papers/2605.01256).
-
-    Every process scores its share of the batches and all of them return all rows.
+    Padded tokens of a forward pass that fit beside the weights.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model that scores the tokens. Runs in its own dtype with float32 soft-max statistics.
-        input_ids (`Sequence[Sequence[int]]`):
-            Token ids of every row.
-        labels (`Sequence[Sequence[int]]`):
-            Labels of every row, aligned with `input_ids`; `-100` marks tokens that are no targets.
-        row_names (`Sequence[int]`, *optional*):
-            Index by which an error names a row. Defaults to its position.
-        tokens_per_batch (`int`, *optional*, defaults to `4096`):
-            Upper bound of the padded number of tokens in one forward pass.
-        description (`str`, *optional*, defaults to `"Annotating"`):
-            Text of the progress bar.
+            Model on its device.
 
     Returns:
-        `list[np.ndarray]`: One float32 array a row, as long as its `input_ids`. Entry `i` is the probability of token
-        `i` given the tokens before it; 0.0 where the label is `-100` and at position 0, which nothing predicts.
-
-    Raises:
-        `ValueError`: If a token id is outside the vocabulary, a row is longer than the model's positions, or the
-            model gives NaN or infinity.
+        `int`: Number of tokens; on a GPU a power of two.
     """
-    row_names = range(len(input_ids)) if row_names is None else row_names
-    _check_rows(model, input_ids, row_names)
-    state = PartialState()
-    if state.num_processes > 1:
-        digest = hashlib.sha256(b"".join(np.asarray(ids, dtype=np.int64).tobytes() for ids in input_ids)).hexdigest()
-        if len(set(gather_object([digest]))) > 1:
-            raise ValueError(
-                "The processes were given different rows, so their confidences cannot be put together. Shuffle and "
-                "split the data with the same seed in every process."
-            )
-    batches = token_budget_batches([len(ids) for ids in input_ids], tokens_per_batch)
-    mine = batches[state.process_index :: state.num_processes]
-    scored: dict[int, np.ndarray] = {}
-    progress = tqdm(
-        total=sum(len(input_ids[row]) for batch in mine for row in batch),
-        desc=description,
-        unit="tok",
-        unit_scale=True,
-        disable=not state.is_main_process,
-        leave=False,
-    )
-    with _scoring_head(model), torch.no_grad(), progress:
-        for batch in mine:
-            scored.update(_score_batch(model, batch, input_ids, labels))
-            progress.update(sum(len(input_ids[row]) for row in batch))
-    if state.num_processes > 1:
-        scored = {row: q for part in gather_object([scored]) for row, q in part.items()}
-    # Checked after the gathering, so that every process fails with the same message instead of one waiting for another
-    broken = [row_names[row] for row, q in sorted(scored.items()) if not np.isfinite(q).all()]
-    if broken:
-        raise ValueError(
-            f"The model gave NaN or infinite probabilities for {len(broken)} rows, the first being row {broken[0]}. "
-            "Score with another dtype (`instruct_model_init_kwargs: {dtype: float32}`), or check the checkpoint."
-        )
-    return [scored[row] for row in range(len(input_ids))]
+    if model.device.type != "cuda":
+        return _CPU_TOKENS
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    # Alive at once in a layer: residual, normalised and attention states, and the three intermediate ones of the MLP
+    # (of every expert a token is sent to)
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    bytes_per_token = model.dtype.itemsize * (8 * hidden + 3 * experts * intermediate)
+    free = min(torch.cuda.mem_get_info(device)[0] for device in _devices(model))
+    tokens = free // 2 // bytes_per_token
+    low, high = _GPU_TOKENS
+    return min(high, max(low, 1 << max(0, int(tokens).bit_length() - 1)))
 
 
-def _score_batch(
-    model: PreTrainedModel,
-    batch: list[int],
-    input_ids: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-) -> dict[int, np.ndarray]:
-    width = max(len(input_ids[row]) for row in batch)
-    ids = torch.zeros((len(batch), width), dtype=torch.long)
-    targets = torch.full((len(batch), width), -100, dtype=torch.long)
-    # The mask comes from the lengths, never from pad ids: the pad token is often the end-of-sequence token
-    mask = torch.zeros((len(batch), width), dtype=torch.long)
-    for i, row in enumerate(batch):
-        n = len(input_ids[row])
-        ids[i, :n] = torch.as_tensor(input_ids[row])
-        targets[i, :n] = torch.as_tensor(labels[row])
-        mask[i, :n] = 1
-    device = model.get_input_embeddings().weight.device
-    outputs = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), labels=targets.to(device), fused_lm_head=True
-    )
-    # `log_probs` is zero where there is no target, and exp(0) is not the confidence of nothing
-    # (rounding may put the probability of a certain token a last digit above 1)
-    q = torch.where(outputs.label_mask, outputs.log_probs.float().exp().clamp(max=1.0), 0.0)
-    q = torch.nn.functional.pad(q, (1, 0)).cpu().numpy()
-    return {row: q[i, : len(input_ids[row])].copy() for i, row in enumerate(batch)}
+def _devices(model: PreTrainedModel) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
 
 
-def _check_rows(model: PreTrainedModel, input_ids: Sequence[Sequence[int]], row_names: Sequence[int]) -> None:
-    size = vocabulary_size(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, ids in zip(row_names, input_ids, strict=True):
-        if len(ids) and max(ids) >= size:
-            raise ValueError(
-                f"Row {name} holds the token id {max(ids)}, but the model's vocabulary has {size} rows. The data was "
-                "tokenised for another model: use the instruct model's tokenizer."
-            )
-        if positions is not None and len(ids) > positions:
-            raise ValueError(
-                f"Row {name} is {len(ids)} tokens long, but the model has {positions} positions. Set `max_length` to "
-                f"{positions} or less."
-            )
+def describe_quantization(model: PreTrainedModel) -> str | None:
+    """
+    Quantisation method of a model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+
+    Returns:
+        `str` or `None`: Method, such as `"bitsandbytes"`; `None` if the model is not quantised.
+    """
+    config = getattr(unwrap_model(model).config, "quantization_config", None)
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return str(getattr(method, "value", method))

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import is_conversational
+
+from gift_trl.annotation.rows import RowStatistics, measure_rows
 
 
 EMPTY_COMPLETION = "no target token"
@@ -151,7 +154,7 @@ def _check_columns(
 
 def truncate_rows(dataset: Dataset, args: SFTConfig) -> Dataset:
     """
-    Cuts `input_ids` and `labels` to `args.max_length` tokens, as SFTTrainer does.
+    Cuts `input_ids`, `labels` and `confidences` to `args.max_length` tokens, as SFTTrainer does the first two.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -165,9 +168,10 @@ def truncate_rows(dataset: Dataset, args: SFTConfig) -> Dataset:
     if args.max_length is None:
         return dataset
     kept = token_slice(args)
+    columns = [name for name in ("input_ids", "labels", "confidences") if name in dataset.column_names]
     with PartialState().main_process_first():
         return dataset.map(
-            lambda row: {"input_ids": row["input_ids"][kept], "labels": row["labels"][kept]},
+            lambda row: {name: row[name][kept] for name in columns},
             num_proc=args.dataset_num_proc,
             desc="Truncating",
         )
@@ -189,25 +193,65 @@ def token_slice(args: SFTConfig) -> slice:
     return slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(None, args.max_length)
 
 
-def find_rows_with_targets(dataset: Dataset, truncated_from: Dataset) -> tuple[list[int], dict[str, int]]:
+@dataclass(frozen=True, eq=False)
+class SortedRows:
     """
-    Finds the rows in which a token is predicted, and counts the others by reason.
+    The rows that are trained on, and what became of the others.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows with a target token, cut if asked.
+        names (`np.ndarray` of shape `(rows,)`, int64):
+            Their indices in the dataset that was tokenised.
+        statistics ([`RowStatistics`]):
+            Their lengths and target counts.
+        truncated (`int`):
+            Number of them that were cut.
+        dropped (`dict[str, list[int]]`):
+            Indices of the other rows, by reason.
+    """
+
+    rows: Dataset
+    names: np.ndarray
+    statistics: RowStatistics
+    truncated: int
+    dropped: dict[str, list[int]]
+
+    def reasons(self) -> str:
+        """Number of rows left out, by reason."""
+        return ", ".join(f"{len(rows)} × {reason}" for reason, rows in self.dropped.items())
+
+
+def sort_out_rows(dataset: Dataset, whole: RowStatistics, args: SFTConfig, *, truncate: bool) -> SortedRows:
+    """
+    Truncates the rows and leaves out those in which nothing is predicted.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Tokenised and truncated dataset.
-        truncated_from ([`~datasets.Dataset`]):
-            The same rows before truncation, which tell an empty completion from one that was cut off.
+            Tokenised dataset.
+        whole ([`RowStatistics`]):
+            Its rows before truncation, which tell an empty completion from one that was cut off.
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+        truncate (`bool`):
+            Whether to cut the rows to `args.max_length` tokens.
 
     Returns:
-        `tuple[list[int], dict[str, int]]`: Indices of the rows to keep, and the number of the others by reason.
+        [`SortedRows`]: The rows.
     """
-    kept, dropped = [], {}
-    for i, (labels, whole) in enumerate(zip(dataset["labels"], truncated_from["labels"], strict=True)):
-        # Nothing predicts position 0, so a label there is no target
-        if any(label != -100 for label in labels[1:]):
-            kept.append(i)
-        else:
-            reason = PROMPT_FILLS_LENGTH if any(label != -100 for label in whole[1:]) else EMPTY_COMPLETION
-            dropped[reason] = dropped.get(reason, 0) + 1
-    return kept, dropped
+    cut = whole
+    if truncate and args.max_length is not None and (whole.lengths > args.max_length).any():
+        dataset = truncate_rows(dataset, args)
+        cut = measure_rows(dataset)
+    names = np.flatnonzero(cut.targets)
+    reasons = {
+        PROMPT_FILLS_LENGTH: np.flatnonzero((cut.targets == 0) & (whole.targets > 0)),
+        EMPTY_COMPLETION: np.flatnonzero(whole.targets == 0),
+    }
+    return SortedRows(
+        rows=dataset if len(names) == len(dataset) else dataset.select(names),
+        names=names,
+        statistics=cut.select(names),
+        truncated=int((cut.lengths < whole.lengths)[names].sum()),
+        dropped={reason: rows.tolist() for reason, rows in reasons.items() if len(rows)},
+    )

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from trl import TrlParser
+    from trl import ModelConfig, TrlParser
 
     from gift_trl.annotation import Provenance
+    from gift_trl.annotation.annotator import Annotator
+    from gift_trl.training import GIFTConfig
 
 
 @dataclass
@@ -21,6 +22,10 @@ class AnnotationArguments:
             Folder to write the annotated dataset to, as Parquet.
         annotation_overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a folder that is not empty.
+        import_scores (`str`, *optional*):
+            JSON-lines file of the paper's released scripts, whose scores are used; no model is loaded.
+        hub_dataset_id (`str`, *optional*):
+            Dataset repository on the Hub to push the annotated dataset to.
     """
 
     annotation_output_dir: str | None = field(
@@ -28,6 +33,19 @@ class AnnotationArguments:
     )
     annotation_overwrite: bool = field(
         default=False, metadata={"help": "Replace a folder that is not empty, once the new data is complete."}
+    )
+    import_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON-lines file of the paper's released scripts (`instruction`, `response`, `scores`): its rows are "
+            "the training data and its scores the confidences, and no model is loaded."
+        },
+    )
+    hub_dataset_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset repository on the Hub to push the annotated dataset to (private with --hub_private_repo)."
+        },
     )
 
 
@@ -41,7 +59,11 @@ def make_parser(prog: str | None = None) -> "TrlParser":
         "gives to every target token (the column `confidences`). Takes the same recipe as `gift-trl train`.",
         epilog="example: gift-trl annotate --config recipe.yaml --annotation_output_dir annotated, then gift-trl train "
         "--config recipe.yaml --dataset annotated",
-        extra=(AnnotationArguments, {"annotation": "annotation_output_dir annotation_overwrite"}),
+        extra=(
+            AnnotationArguments,
+            {"output": "annotation_output_dir annotation_overwrite import_scores hub_dataset_id"},
+        ),
+        without=("GIFT", "adapter", "training", "merge"),
     )
 
 
@@ -52,90 +74,115 @@ def main(argv: list[str] | None = None) -> None:
 
     from accelerate import PartialState
 
-    from gift_trl.annotation import annotate_dataset, read_provenance, save_annotated_dataset
+    from gift_trl.annotation import read_provenance, save_annotated_dataset
+    from gift_trl.annotation.hub import check_push_target, push_annotated_dataset
+    from gift_trl.annotation.summary import summarize_confidences
     from gift_trl.checkpoints import check_output_folder
-    from gift_trl.model_pair import check_same_architecture, load_tokenizer
     from gift_trl.scripts.data import load_recipe_datasets
+
+    state = PartialState()
+    output_dir = annotation_args.annotation_output_dir
+    if output_dir is None:
+        raise ValueError("Nothing says where to write: set `--annotation_output_dir`.")
+    check_output_folder(output_dir, overwrite=annotation_args.annotation_overwrite)
+    repo_id = annotation_args.hub_dataset_id
+    if training_args.push_to_hub and repo_id is None:
+        raise ValueError(
+            "`push_to_hub` is set, but nothing says where the annotated dataset goes: name its repository with "
+            "`--hub_dataset_id`, or set `--push_to_hub false` to keep it in the folder."
+        )
+    if repo_id is not None and state.is_main_process:
+        repo_id = check_push_target(repo_id, private=training_args.hub_private_repo)
+
+    kept_columns = ()
+    if annotation_args.import_scores is not None:
+        from gift_trl.annotation.imports import SCORES_COLUMN
+
+        kept_columns = (SCORES_COLUMN,)
+        script_args.dataset_name, dataset_args.datasets = annotation_args.import_scores, []
+        script_args.prompt_column = script_args.prompt_column or "instruction"
+        script_args.completion_column = script_args.completion_column or "response"
+    evaluate = training_args.eval_strategy != "no" and annotation_args.import_scores is None
+    train, test = load_recipe_datasets(
+        script_args, dataset_args, evaluate=evaluate, seed=training_args.seed, kept_columns=kept_columns
+    )
+    eval_packing = training_args.packing if training_args.eval_packing is None else training_args.eval_packing
+    annotated = {}
+    with _make_annotator(training_args, model_args) as annotator:
+        annotate = annotator.annotate if annotation_args.import_scores is None else annotator.import_scores
+        for split, dataset, packing in (
+            (script_args.dataset_train_split, train, training_args.packing),
+            (script_args.dataset_test_split, test, eval_packing),
+        ):
+            if dataset is not None:
+                annotated[split] = annotate(dataset, packing=packing, dataset_name=split)
+    if state.is_main_process:
+        save_annotated_dataset(
+            annotated,
+            output_dir,
+            processing_class=annotator.processing_class,
+            overwrite=annotation_args.annotation_overwrite,
+        )
+        for split, dataset in annotated.items():
+            print(f"{split}: {describe_provenance(read_provenance(dataset)[0])}")
+            print(summarize_confidences(dataset).describe())
+        print(f"Written to {output_dir}. See it with: gift-trl report annotation {output_dir}")
+        if repo_id is not None:
+            url = push_annotated_dataset(output_dir, repo_id, private=training_args.hub_private_repo)
+            print(f"Pushed to {url}")
+    state.wait_for_everyone()
+
+
+def _make_annotator(training_args: "GIFTConfig", model_args: "ModelConfig") -> "Annotator":
+    from gift_trl.annotation.annotator import Annotator
+    from gift_trl.model_pair import check_same_architecture, load_tokenizer
     from gift_trl.scripts.train import base_model_init_kwargs
 
-    if annotation_args.annotation_output_dir is None:
-        raise ValueError("Nothing says where to write: set `--annotation_output_dir`.")
-    check_output_folder(annotation_args.annotation_output_dir, overwrite=annotation_args.annotation_overwrite)
     instruct = training_args.instruct_model_name_or_path
     if instruct is None:
         raise ValueError("Nothing says which model scores the tokens: set `instruct_model_name_or_path`.")
     trust = {"trust_remote_code": training_args.trust_remote_code}
     revision, init_kwargs = training_args.instruct_model_revision, training_args.instruct_model_init_kwargs or {}
     tokenizer = load_tokenizer(instruct, revision=revision, **trust)
-    annotator = instruct
+    scoring_model = instruct
     if training_args.annotator == "base":
-        annotator, init_kwargs = model_args.model_name_or_path, base_model_init_kwargs(model_args, training_args)
-        if annotator is None:
+        scoring_model, init_kwargs = model_args.model_name_or_path, base_model_init_kwargs(model_args, training_args)
+        if scoring_model is None:
             raise ValueError("`annotator: base` needs the base model: set `model_name_or_path`.")
         base_kwargs = {"revision": init_kwargs["revision"], **trust}
         check_same_architecture(
-            annotator, instruct, model_kwargs=base_kwargs, other_kwargs={"revision": revision, **trust}
+            scoring_model, instruct, model_kwargs=base_kwargs, other_kwargs={"revision": revision, **trust}
         )
         revision = init_kwargs["revision"]
-    evaluate = training_args.eval_strategy != "no"
-    train, test = load_recipe_datasets(script_args, dataset_args, evaluate=evaluate, seed=training_args.seed)
-    eval_packing = training_args.packing if training_args.eval_packing is None else training_args.eval_packing
-    annotated = {
-        split: annotate_dataset(
-            dataset,
-            annotator,
-            tokenizer,
-            args=training_args,
-            revision=revision,
-            model_init_kwargs={**trust, **init_kwargs},
-            packing=packing,
-            dataset_name=split,
-        )
-        for split, dataset, packing in (
-            (script_args.dataset_train_split, train, training_args.packing),
-            (script_args.dataset_test_split, test, eval_packing),
-        )
-        if dataset is not None
-    }
-    state = PartialState()
-    if state.is_main_process:
-        output_dir = annotation_args.annotation_output_dir
-        save_annotated_dataset(annotated, output_dir, overwrite=annotation_args.annotation_overwrite)
-        for split, dataset in annotated.items():
-            print(f"{split}: {summarize_annotation(dataset, read_provenance(dataset)[0])}")
-        print(f"Written to {output_dir}")
-    state.wait_for_everyone()
+    return Annotator(
+        scoring_model,
+        tokenizer,
+        args=training_args,
+        revision=revision,
+        model_init_kwargs={**trust, **init_kwargs},
+        engine=training_args.annotation_engine,
+        base_url=training_args.annotation_base_url,
+        served_model_name=training_args.annotation_served_model_name,
+        concurrency=training_args.annotation_concurrency,
+        tokens_per_batch=training_args.annotation_tokens_per_batch,
+        cache_dir=training_args.annotation_cache_dir,
+    )
 
 
-def summarize_annotation(dataset: "Dataset", provenance: "Provenance") -> str:
+def describe_provenance(provenance: "Provenance") -> str:
     """
-    What a person wants to know of an annotation: rows kept and left out, and how sure the instruct model is.
+    What became of the rows of a dataset when it was annotated.
 
     Args:
-        dataset ([`~datasets.Dataset`]):
-            Annotated dataset.
         provenance ([`Provenance`]):
             Its provenance.
 
     Returns:
-        `str`: A few lines.
+        `str`: One line, and one for each reason to leave rows out.
     """
-    import numpy as np
-
-    targets = np.concatenate(
-        [
-            np.asarray(q)[1:][np.asarray(labels)[1:] != -100]
-            for q, labels in zip(dataset["confidences"], dataset["labels"], strict=True)
-        ]
-    )
-    low, high = float((targets < 0.2).mean()), float((targets > 0.8).mean())
-    lines = [
-        f"{provenance.rows} rows annotated by {provenance.model} ({provenance.dtype}), {provenance.truncated} of them "
-        f"cut to {provenance.max_length} tokens",
-        f"{len(targets)} target tokens: mean confidence {targets.mean():.3g}; {low:.1%} below 0.2, "
-        f"{1 - low - high:.1%} from 0.2 to 0.8, {high:.1%} above 0.8",
-    ]
-    lines += [f"{count} rows left out: {reason}" for reason, count in provenance.dropped.items()]
+    cut = f", {provenance.truncated} of them cut to {provenance.max_length} tokens" if provenance.truncated else ""
+    lines = [f"{provenance.rows} rows annotated by {provenance.model} ({provenance.engine}, {provenance.dtype}){cut}"]
+    lines += [f"{len(rows)} rows left out: {reason}" for reason, rows in provenance.dropped.items()]
     return "\n".join(lines)
 
 

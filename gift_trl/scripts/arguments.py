@@ -98,7 +98,8 @@ _SECTIONS = {
     "instruct_model_init_kwargs dtype attn_implementation load_in_4bit",
     "data": "dataset_name dataset_config dataset_train_split dataset_test_split prompt_column completion_column "
     "system_prompt prompt_suffix max_samples max_length packing completion_only_loss assistant_only_loss",
-    "GIFT": "annotator confidence_exponent confidence_floor eos_confidence weight_normalization",
+    "annotation": "annotator annotation_engine annotation_base_url annotation_tokens_per_batch annotation_cache_dir",
+    "GIFT": "confidence_exponent confidence_floor eos_confidence weight_normalization",
     "adapter": "use_peft lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
     "training": "output_dir learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps bf16 gradient_checkpointing eval_strategy save_strategy "
@@ -202,6 +203,7 @@ def make_recipe_parser(
     description: str | None = None,
     epilog: str | None = None,
     extra: tuple[type, dict[str, str]] | None = None,
+    without: tuple[str, ...] = (),
 ) -> RecipeParser:
     """
     Parser of a recipe.
@@ -215,13 +217,15 @@ def make_recipe_parser(
             Text after the options.
         extra (`tuple[type, dict[str, str]]`, *optional*):
             Dataclass of further arguments, with their sections in the help.
+        without (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Sections that the help leaves to `--help_all`: a recipe may set their fields, the command does not read them.
 
     Returns:
         [`RecipeParser`]: Its `parse_args_and_config` gives a [`GIFTScriptArguments`], [`GIFTConfig`],
         [`~trl.ModelConfig`], [`~trl.DatasetMixtureConfig`] and [`MergeArguments`], then the extra one.
     """
     types = [GIFTScriptArguments, GIFTConfig, ModelConfig, DatasetMixtureConfig, MergeArguments]
-    sections = dict(_SECTIONS)
+    sections = {title: names for title, names in _SECTIONS.items() if title not in without}
     if extra is not None:
         types.append(extra[0])
         sections = {**extra[1], **sections}

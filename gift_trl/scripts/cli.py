@@ -11,6 +11,7 @@ from collections.abc import Callable
 # Listed here, so that `gift-trl --help` imports neither torch nor TRL
 COMMANDS = {
     "annotate": "score every target token of a dataset with the instruct model (stage 1)",
+    "report": "look at annotated data: the distribution of the confidences, rows shaded by them, the lowest tokens",
     "train": "annotate if needed, train the adapter on the base model, merge it if asked (stages 1 to 3)",
     "merge": "add a trained adapter to the instruct model's checkpoint (stage 3)",
     "quickstart": "see the whole method at work on a tiny model pair, in minutes on a CPU",

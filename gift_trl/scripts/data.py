@@ -5,11 +5,14 @@ import os
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils.hub import extract_commit_hash
 from trl import DatasetMixtureConfig, get_dataset
 from trl.data_utils import get_dataset_column_names
 
 from gift_trl.annotation import load_annotated_dataset
-from gift_trl.annotation.storage import PROVENANCE_FILE
+from gift_trl.annotation.hub import download_provenance
+from gift_trl.annotation.storage import PROVENANCE_FILE, attach_provenance
 from gift_trl.scripts.arguments import GIFTScriptArguments
 
 
@@ -17,7 +20,12 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parq
 
 
 def load_recipe_datasets(
-    script_args: GIFTScriptArguments, mixture: DatasetMixtureConfig, *, evaluate: bool, seed: int
+    script_args: GIFTScriptArguments,
+    mixture: DatasetMixtureConfig,
+    *,
+    evaluate: bool,
+    seed: int,
+    kept_columns: tuple[str, ...] = (),
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
     Loads the training and evaluation data a recipe names, with its columns mapped.
@@ -31,6 +39,8 @@ def load_recipe_datasets(
             Whether an evaluation set is needed.
         seed (`int`):
             Seed of a split made with `test_split_size`.
+        kept_columns (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Columns that stay beside the mapped ones.
 
     Returns:
         `tuple`: Training set, and evaluation set or `None`.
@@ -61,7 +71,8 @@ def load_recipe_datasets(
     train = loaded[train_split]
     if script_args.max_samples is not None:
         train = train.take(script_args.max_samples)
-    return _map_columns(train, script_args), _map_columns(loaded[test_split], script_args) if evaluate else None
+    test = _map_columns(loaded[test_split], script_args, kept_columns) if evaluate else None
+    return _map_columns(train, script_args, kept_columns), test
 
 
 def _load(script_args: GIFTScriptArguments, streaming: bool) -> DatasetDict | IterableDatasetDict:
@@ -78,7 +89,14 @@ def _load(script_args: GIFTScriptArguments, streaming: bool) -> DatasetDict | It
         if not os.path.isfile(name):
             raise FileNotFoundError(f"There is no file `{name}`. Check `dataset_name` (`--dataset`).")
         return load_dataset(_BUILDERS[extension], data_files=name, streaming=streaming)
-    return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    loaded = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    # A stream that does not know its columns before its first row is not the Parquet that was pushed
+    if not os.path.isdir(name) and any("confidences" in (split.column_names or ()) for split in loaded.values()):
+        # Of the commit whose card `load_dataset` has just read: the provenance must be that of this data
+        card = try_to_load_from_cache(name, "README.md", repo_type="dataset")
+        commit = extract_commit_hash(card, None) if isinstance(card, str) else None
+        attach_provenance(loaded, download_provenance(name, revision=commit) or {})
+    return loaded
 
 
 def _require_split(loaded: DatasetDict | IterableDatasetDict, split: str, remedy: str) -> None:
@@ -86,7 +104,9 @@ def _require_split(loaded: DatasetDict | IterableDatasetDict, split: str, remedy
         raise ValueError(f"The data has the splits {sorted(loaded)}, and no split `{split}`. Set `{remedy}`.")
 
 
-def _map_columns(dataset: Dataset | IterableDataset, script_args: GIFTScriptArguments) -> Dataset | IterableDataset:
+def _map_columns(
+    dataset: Dataset | IterableDataset, script_args: GIFTScriptArguments, kept_columns: tuple[str, ...]
+) -> Dataset | IterableDataset:
     columns = get_dataset_column_names(dataset)
     if script_args.prompt_column is None or "input_ids" in columns:
         return dataset
@@ -112,5 +132,6 @@ def _map_columns(dataset: Dataset | IterableDataset, script_args: GIFTScriptArgu
             "completion": [{"role": "assistant", "content": answer}],
         }
 
+    removed = [name for name in columns if name not in kept_columns]
     options = {} if isinstance(dataset, IterableDataset) else {"desc": "Mapping columns"}
-    return dataset.map(to_conversation, with_indices=True, remove_columns=columns, **options)
+    return dataset.map(to_conversation, with_indices=True, remove_columns=removed, **options)

@@ -6,6 +6,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from gift_trl.annotation.annotator import ENGINES
+
 
 WEIGHT_NORMALIZATIONS = ("weights", "tokens", "microbatch")
 ANNOTATORS = ("instruct", "base")
@@ -39,6 +41,24 @@ class GIFTConfig(SFTConfig):
         annotator (`str`, *optional*, defaults to `"instruct"`):
             Which model scores the target tokens: `"instruct"`, or `"base"`, the model to be trained before training
             (GIFT-BaseT in the paper). Tokenizer and chat template are the instruct model's in both cases.
+
+        > Parameters that control the annotation
+
+        annotation_engine (`str`, *optional*, defaults to `"transformers"`):
+            What scores the target tokens: `"transformers"`, in the processes of the run, or `"vllm"`, a running vLLM
+            server that serves the instruct model.
+        annotation_base_url (`str`, *optional*):
+            Address of that server's OpenAI-compatible interface, such as `http://localhost:8000/v1`.
+        annotation_served_model_name (`str`, *optional*):
+            Name of the instruct model at that server. Needed only if it serves several.
+        annotation_concurrency (`int`, *optional*, defaults to `16`):
+            Number of requests that a process keeps in flight at the server.
+        annotation_tokens_per_batch (`int`, *optional*):
+            Upper bound of the padded number of tokens in one forward pass of the instruct model. Defaults to what fits
+            into half of the free memory of the GPU, and to 4096 on a CPU.
+        annotation_cache_dir (`str`, *optional*):
+            Folder in which confidences are kept, so that no token is scored twice. Defaults to `gift_trl/annotations`
+            in the Hugging Face home (`HF_HOME`).
 
         > Parameters that control the token weights
 
@@ -89,6 +109,45 @@ class GIFTConfig(SFTConfig):
             "help": "Which model scores the target tokens: 'instruct', or 'base', the model to be trained before "
             "training (GIFT-BaseT in the paper).",
             "choices": ANNOTATORS,
+        },
+    )
+
+    # Parameters that control the annotation
+    annotation_engine: str = field(
+        default="transformers",
+        metadata={
+            "help": "What scores the target tokens: 'transformers', in the processes of the run, or 'vllm', a running "
+            "vLLM server that serves the instruct model.",
+            "choices": ENGINES,
+            "aliases": ["--engine"],
+        },
+    )
+    annotation_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of the vLLM server's OpenAI-compatible interface, such as http://localhost:8000/v1.",
+            "aliases": ["--base_url"],
+        },
+    )
+    annotation_served_model_name: str | None = field(
+        default=None,
+        metadata={"help": "Name of the instruct model at that server. Needed only if it serves several."},
+    )
+    annotation_concurrency: int = field(
+        default=16, metadata={"help": "Number of requests that a process keeps in flight at the server."}
+    )
+    annotation_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Upper bound of the padded number of tokens in one forward pass of the instruct model. Defaults to "
+            "what fits into half of the free memory of the GPU, and to 4096 on a CPU."
+        },
+    )
+    annotation_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which confidences are kept, so that no token is scored twice. Defaults to "
+            "gift_trl/annotations in HF_HOME."
         },
     )
 
@@ -149,5 +208,16 @@ class GIFTConfig(SFTConfig):
             raise ValueError(
                 f"`weight_normalization` is {self.weight_normalization!r}; choose one of {WEIGHT_NORMALIZATIONS}."
             )
+        if self.annotation_engine not in ENGINES:
+            raise ValueError(f"`annotation_engine` is {self.annotation_engine!r}; choose one of {ENGINES}.")
+        if self.annotation_base_url is not None and self.annotation_engine == "transformers":
+            raise ValueError(
+                "`annotation_base_url` is the address of a server, which the engine 'transformers' does not ask. Set "
+                "`annotation_engine: vllm`, or remove the address."
+            )
+        for name in ("annotation_concurrency", "annotation_tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         if self.annotator not in ANNOTATORS:
             raise ValueError(f"`annotator` is {self.annotator!r}; choose one of {ANNOTATORS}.")

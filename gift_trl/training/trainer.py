@@ -1,13 +1,12 @@
 """`GIFTSFTTrainer`: stage 2 of GIFT."""
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     BitsAndBytesConfig,
@@ -20,9 +19,8 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first, use_adapter
+from trl.trainer.utils import global_then_local_main_first
 
-from gift_trl.annotation.annotate import annotate_dataset
 from gift_trl.annotation.provenance import read_provenance
 from gift_trl.annotation.tokenization import token_slice
 from gift_trl.model_pair import (
@@ -32,13 +30,13 @@ from gift_trl.model_pair import (
     load_tokenizer,
 )
 from gift_trl.training.checks import (
-    check_annotation,
     check_supported,
     choose_instruct_model,
     complete_config,
     require_confidences,
 )
 from gift_trl.training.compatibility import check_trl_hooks
+from gift_trl.training.confidences import ConfidenceSource
 from gift_trl.training.config import GIFTConfig
 from gift_trl.training.data_collator import DataCollatorForGIFT
 from gift_trl.training.loss import weighted_loss
@@ -150,12 +148,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         check_supported(args, compute_loss_func, peft_config, processing_class, data_collator, eval_dataset)
         instruct_model = choose_instruct_model(instruct_model, args)
         self._instruct_model = instruct_model
-        self._annotation_formatting_func = formatting_func
-        # The model as given: with `annotator="base"` it scores the tokens
-        self._base_model = model
-        self._is_trained = False
-        # Without an instruct model, the base model's tokenizer stands in, and need not have the same special tokens
-        self._knows_tokenizer = instruct_model is not None or processing_class is not None
+        knows_tokenizer = instruct_model is not None or processing_class is not None
 
         require_confidences(train_dataset, eval_dataset, instruct_model)
         base_kwargs = {
@@ -176,16 +169,18 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         elif processing_class is None:
             processing_class = load_tokenizer(model, **base_kwargs)
 
+        self._confidence_source = ConfidenceSource(
+            args, instruct_model, model, processing_class, formatting_func, check_tokenizer=knows_tokenizer
+        )
         # Before the base model is loaded, so that only one of the two models is in memory at a time
-        train_dataset = self._annotate(train_dataset, processing_class, args, args.packing, "train")
+        eval_sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {
-                name: self._annotate(dataset, processing_class, args, eval_packing, name)
-                for name, dataset in eval_dataset.items()
-            }
-        else:
-            eval_dataset = self._annotate(eval_dataset, processing_class, args, eval_packing, "eval")
+        train_dataset, *annotated = self._confidence_source.annotate(
+            [("train", train_dataset, args.packing), *((name, data, eval_packing) for name, data in eval_sets.items())]
+        )
+        eval_dataset = (
+            dict(zip(eval_sets, annotated, strict=True)) if isinstance(eval_dataset, Mapping) else annotated[0]
+        )
 
         super().__init__(
             model=model,
@@ -228,54 +223,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         # Sums over target tokens since the last log, of every process: Σq, Σw, Σℓ, their number, and the number of
         # forward passes whose weights add up to nothing
         self._signal = {}
-        self._is_trained = True
-
-    def _annotate(
-        self,
-        dataset: Dataset | IterableDataset | None,
-        processing_class: PreTrainedTokenizerBase,
-        args: GIFTConfig,
-        packing: bool,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset | None:
-        if dataset is None:
-            return None
-        if args.annotator == "base":
-            annotator, revision = self._base_model, (args.model_init_kwargs or {}).get("revision")
-        else:
-            annotator, revision = self._instruct_model, args.instruct_model_revision
-        if "confidences" in get_dataset_column_names(dataset):
-            annotator = None if self._instruct_model is None else annotator
-            tokenizer = processing_class if self._knows_tokenizer else None
-            check_annotation(dataset, tokenizer, args, annotator, revision, dataset_name)
-            return dataset
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            raise ValueError(
-                f"`skip_prepare_dataset` is set, but the {dataset_name} dataset has no `confidences`. Annotate it with "
-                "`annotate_dataset` first, or let the trainer prepare it."
-            )
-        options = {
-            "args": args,
-            "revision": revision,
-            "formatting_func": self._annotation_formatting_func,
-            "packing": packing,
-            "dataset_name": dataset_name,
-        }
-        if isinstance(annotator, str):
-            kwargs = args.model_init_kwargs if args.annotator == "base" else args.instruct_model_init_kwargs
-            options["model_init_kwargs"] = {"trust_remote_code": args.trust_remote_code, **(kwargs or {})}
-            return annotate_dataset(dataset, annotator, processing_class, **options)
-        if self._is_trained and annotator is self._base_model:
-            # PEFT put its layers into the very object that was given
-            annotator = self.model
-            if not is_peft_model(annotator):
-                raise ValueError(
-                    f"The {dataset_name} dataset has no `confidences`, and the model that is to give them has been "
-                    "trained since. Annotate it with `annotate_dataset` before the training."
-                )
-        # The confidences of the base model are those without the adapter that is trained on it
-        with use_adapter(annotator, None) if is_peft_model(annotator) else contextlib.nullcontext():
-            return annotate_dataset(dataset, annotator, processing_class, **options)
+        self._confidence_source.training_starts(self.model)
 
     def _prepare_dataset(
         self,
@@ -298,7 +246,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         # here alike, and packed here with TRL's own `pack_dataset`
         sft_args = copy.copy(args)
         sft_args.shuffle_dataset = False
-        if packing:
+        if packing or _is_cut(dataset, args.max_length):
             sft_args.max_length = None
         elif args.max_length is not None:
             kept = token_slice(args)
@@ -338,11 +286,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             require_confidences(None, eval_dataset, self._instruct_model)
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-            options = (self.processing_class, self.args, packing)
             if isinstance(eval_dataset, Mapping):
-                eval_dataset = {name: self._annotate(data, *options, name) for name, data in eval_dataset.items()}
+                annotated = self._confidence_source.annotate((n, data, packing) for n, data in eval_dataset.items())
+                eval_dataset = dict(zip(eval_dataset, annotated, strict=True))
             else:
-                eval_dataset = self._annotate(eval_dataset, *options, metric_key_prefix)
+                (eval_dataset,) = self._confidence_source.annotate([(metric_key_prefix, eval_dataset, packing)])
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def _batch_weights(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -436,3 +384,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                     "that the rows have target tokens."
                 )
         super().log(logs, start_time)
+
+
+def _is_cut(dataset: Dataset | IterableDataset, max_length: int | None) -> bool:
+    """Whether no row is longer, as after an annotation with the same length; found without reading the tokens."""
+    if not isinstance(dataset, Dataset) or max_length is None or len(dataset) == 0:
+        return False
+    lengths = pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"])
+    return pc.max(lengths).as_py() <= max_length

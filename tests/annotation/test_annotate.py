@@ -8,7 +8,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gift_trl import annotate_dataset
 from gift_trl.annotation import load_annotated_dataset, read_provenance, save_annotated_dataset
-from gift_trl.annotation.scoring import score_tokens, token_budget_batches
+from gift_trl.annotation.engine import token_budget_batches
 from gift_trl.model_pair import check_same_architecture, end_of_turn_token_ids
 
 
@@ -71,7 +71,7 @@ def test_tokenised_as_sft_trainer_does(pair, tokenizer, conversations, tmp_path)
 
 def test_columns_order_and_format(pair, conversations):
     annotated = annotate_dataset(conversations, pair[1])
-    assert annotated.column_names == ["prompt", "completion", "input_ids", "labels", "confidences"]
+    assert annotated.column_names == ["prompt", "completion", "input_ids", "labels", "confidences", "original_index"]
     assert str(annotated.features["confidences"].feature.dtype) == "float32"
     assert annotated["completion"][:] == conversations["completion"][:]
 
@@ -109,11 +109,11 @@ def test_rows_without_targets_are_counted_by_reason(pair, conversations):
     (provenance,) = read_provenance(annotated)
     assert provenance.truncated == 0, "a row that is left out is not counted as cut"
     assert provenance.rows == len(annotated) == 3
-    assert provenance.dropped == {"prompt fills max_length": 1}
+    assert provenance.dropped == {"prompt fills max_length": [3]}
     masked = annotate_dataset(
         Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, -100, -100], [-100, 9]]}), pair[1]
     )
-    assert read_provenance(masked)[0].dropped == {"no target token": 1}
+    assert read_provenance(masked)[0].dropped == {"no target token": [0]}
 
 
 def test_rows_to_be_packed_are_scored_whole(pair, conversations):
@@ -182,9 +182,10 @@ def test_nan_is_refused_with_the_row(pair, conversations):
     model = AutoModelForCausalLM.from_pretrained(pair[1])
     with torch.no_grad():
         model.model.embed_tokens.weight[300] = float("nan")
-    good = [[5, 6, 7]] * 4
-    with pytest.raises(ValueError, match=r"NaN or infinite probabilities for 1 rows, the first being row 17"):
-        score_tokens(model, [*good, [5, 300, 7]], [*good, [5, 300, 7]], row_names=[3, 5, 8, 9, 17])
+    ids = [[5, 6, 7], [5, 6], [5], [5, 300, 7], [6, 7]]
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    with pytest.raises(ValueError, match=r"NaN or infinite probabilities for 1 rows, the first being row 3"):
+        annotate_dataset(dataset, model)
 
 
 @pytest.mark.parametrize(
@@ -236,15 +237,15 @@ def nameless_config(pair):
     return config
 
 
-@pytest.mark.parametrize("mode", ["DeepSpeed ZeRO-3", "FSDP"])
-def test_sharded_loading_is_refused(pair, conversations, monkeypatch, mode):
-    # Each process would score with its part of the weights
-    if mode == "FSDP":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    else:
-        monkeypatch.setattr("gift_trl.annotation.annotate.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match=f"under {mode}, .* Annotate first, with `gift-trl annotate"):
-        annotate_dataset(conversations, pair[1])
+def test_a_loaded_model_must_have_all_its_weights(pair, conversations):
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks the parameters it has shared out
+    with pytest.raises(ValueError, match=r"holds only a part of its weights .* Name the instruct model instead"):
+        annotate_dataset(conversations, model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(ValueError, match=r"holds only a part of its weights"):
+        annotate_dataset(conversations, model)
 
 
 def test_models_are_compared_under_zero3(pair):

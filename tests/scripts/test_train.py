@@ -39,7 +39,7 @@ def test_annotating_first_gives_the_same_adapter(recipe, tmp_path, capsys):
     config = recipe(merge_output_dir=None)
     train.main(["--config", config])
     annotate.main(["--config", config, "--annotation_output_dir", str(tmp_path / "annotated")])
-    assert "8 rows annotated by instruct (float32)" in capsys.readouterr().out
+    assert "8 rows annotated by instruct (transformers, float32)" in capsys.readouterr().out
     annotated = load_annotated_dataset(tmp_path / "annotated")["train"]
     assert annotated[0]["prompt"] == [
         {"role": "system", "content": "You are a helpful assistant."},

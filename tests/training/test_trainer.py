@@ -133,7 +133,7 @@ def test_a_trained_model_does_not_annotate(pair, config, conversations, lora, lo
     expected = trainer.train_dataset["confidences"][:]
     trainer.train()
     if lora_on:
-        found = trainer._annotate(conversations, trainer.processing_class, trainer.args, False, "test")
+        (found,) = trainer._confidence_source.annotate([("test", conversations, False)])
         for a, b in zip(found["confidences"], expected, strict=True):
             assert a == pytest.approx(b, rel=1e-5)
     else:
