@@ -293,7 +293,9 @@ def test_sharded_weights_give_the_same_confidences(launch, make_model, tmp_path)
     sharded, status, output = launch("sharded", processes=2, model=model, zero3=True)
     assert status == 0, output
     assert {"model.embed_tokens.weight", "lm_head.weight"} < set((sharded / "partitioned").read_text().split())
-    q, q_sharded = (load_annotated_dataset(folder / "annotated")["train"]["confidences"] for folder in (whole, sharded))
+    q, q_sharded = (
+        load_annotated_dataset(folder / "annotated")["train"]["confidences"] for folder in (whole, sharded)
+    )
     for a, b in zip(q, q_sharded, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
