@@ -42,6 +42,12 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_annotation_cache(tmp_path, monkeypatch):
+    """What one test has scored, no other finds."""
+    monkeypatch.setattr("gift_trl.annotation.cache.HF_HOME", str(tmp_path / "hf_home"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of 384 tokens with a ChatML-like template; its end-of-turn token is no padding token."""

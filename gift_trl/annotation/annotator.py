@@ -277,8 +277,12 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
     def _fingerprint(self, statistics: RowStatistics, max_length: int | None) -> str | None:
         if not isinstance(self._model, str):
             return None
-        # Where the model lies, and who may read it, does not change what it says
-        kwargs = {k: str(v) for k, v in self._load_kwargs.items() if k not in ("revision", "device_map", "token")}
+        # Where the model lies, and who may read it or run its code, does not change what it says
+        kwargs = {
+            name: str(value)
+            for name, value in self._load_kwargs.items()
+            if value is not None and name not in ("revision", "device_map", "token", "trust_remote_code")
+        }
         return fingerprint(
             {
                 "version": _CACHE_VERSION,

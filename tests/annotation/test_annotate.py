@@ -76,8 +76,11 @@ def test_columns_order_and_format(pair, conversations):
     assert annotated["completion"][:] == conversations["completion"][:]
 
 
-def test_batching_does_not_change_confidences(pair, conversations):
-    one, all_at_once = (annotate_dataset(conversations, pair[1], tokens_per_batch=n) for n in (1, 10_000))
+def test_batching_does_not_change_confidences(pair, conversations, tmp_path):
+    one, all_at_once = (
+        annotate_dataset(conversations, pair[1], tokens_per_batch=n, cache_dir=tmp_path / str(n)) for n in (1, 10_000)
+    )
+    assert [read_provenance(annotated)[0].tokens_per_batch for annotated in (one, all_at_once)] == [1, 10_000]
     for a, b in zip(one["confidences"], all_at_once["confidences"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 

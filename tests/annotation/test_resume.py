@@ -199,7 +199,7 @@ def test_whatever_changes_the_confidences_is_scored_again(pair, conversations, t
     # The same weights under another name, and the same tokens in another dataset, are the same annotation
     run(copy_of(pair[1], tmp_path / "renamed"))
     run(dataset=conversations.map(lambda row: {"more": 1}))
-    run(model_init_kwargs={"device_map": None})
+    run(model_init_kwargs={"device_map": None, "trust_remote_code": False, "dtype": "auto"})
     assert folders() == 1
     run(pair[0])
     run(dataset=conversations.select(range(7)))
