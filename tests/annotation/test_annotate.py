@@ -1,8 +1,12 @@
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
@@ -201,12 +205,67 @@ def test_nan_is_refused_with_the_row(pair, conversations):
         ({"text": ["a"], "image": ["b"]}, r"holds images"),
         ({"input_ids": [[5, 6, 7, 8]], "seq_lengths": [[2, 2]]}, r"is packed already"),
         ({"text": []}, r"The train dataset is empty"),
+        ({"input_ids": [[5, 6]], "labels": [[5, 999]]}, r"Row 0 holds the token id 999"),
+        ({"input_ids": [[5, 6], [5, 6]], "labels": [[5, 6], [5]]}, r"Row 1 has 2 token ids and 1 labels"),
+        ({"input_ids": [[5, 6], [5, -1]]}, r"Row 1 holds a negative token id"),
+        ({"input_ids": [[5, 6]], "labels": [[5, -1]]}, r"Row 0 holds a negative token id, or a negative label"),
         ({"input_ids": [[5, 6]], "confidences": [[0.0, 0.1]]}, r"already has a `confidences` column"),
     ],
 )
 def test_bad_rows(pair, rows, message):
     with pytest.raises(ValueError, match=message):
         annotate_dataset(Dataset.from_dict(rows), pair[1])
+
+
+def test_one_beginning_of_sequence(pair, tokenizer):
+    twice = copy.deepcopy(tokenizer)
+    twice.bos_token = "<|start|>"
+    rows = Dataset.from_dict({"input_ids": [[1, 5, 1, 1], [5, 6], [1, 1, 7]]})
+    with pytest.raises(ValueError, match=r"1 rows begin with two '<\|start\|>' tokens, the first being row 2"):
+        annotate_dataset(rows, pair[1], twice)
+    assert len(annotate_dataset(rows.select(range(2)), pair[1], twice)) == 2
+
+
+def test_another_tokenizer_is_refused(pair, conversations, tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    first, second = (token for token, i in sorted(vocabulary.items(), key=lambda item: item[1])[100:102])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"][first], state["model"]["vocab"][second] = 101, 100
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        eos_token="<|end|>",
+        chat_template=tokenizer.chat_template,
+    )
+    with pytest.raises(ValueError, match=r"The tokenizer is not that of `instruct`.*2 token ids mean something else"):
+        annotate_dataset(conversations, pair[1], other)
+
+
+def test_confidences_are_those_of_the_labels(pair):
+    # Labels that are not the tokens themselves: the probability is that of the label
+    rows = {"input_ids": [[5, 6, 7, 8]], "labels": [[5, -100, 9, 8]]}
+    annotated = annotate_dataset(Dataset.from_dict(rows), pair[1])
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(pair[1])
+        p = model(input_ids=torch.tensor(rows["input_ids"])).logits[0].softmax(-1)
+    np.testing.assert_allclose(annotated["confidences"][0], [0, 0, p[1, 9], p[2, 8]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["indices", "torch format", "slices", "memory-mapped"])
+def test_any_kind_of_dataset(pair, conversations, kind, tmp_path):
+    expected = annotate_dataset(conversations, pair[1])
+    rows = expected.select_columns(["input_ids", "labels"])
+    if kind == "indices":
+        rows = rows.select([3, 1, *range(8)]).select(range(2, 10))
+    elif kind == "torch format":
+        rows = rows.with_format("torch")
+    elif kind == "slices":
+        rows = concatenate_datasets([rows.select(range(3)), rows.select(range(3, 8))])
+    else:
+        rows.save_to_disk(tmp_path / "saved")
+        rows = load_from_disk(tmp_path / "saved")
+    annotated = annotate_dataset(rows, pair[1], cache_dir=tmp_path / "cache").with_format(None)
+    assert annotated["confidences"][:] == expected["confidences"][:]
+    assert annotated["input_ids"][:] == expected["input_ids"][:]
 
 
 def test_bad_models(pair, conversations, tokenizer, tmp_path):
