@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from gift_trl.annotation.cache import AnnotationCache, fingerprint
-from gift_trl.annotation.engine import find_scored_rows, keep_random_state, score_rows, share_files
+from gift_trl.annotation.checks import (
+    ORIGINAL_INDEX,
+    check_dataset,
+    check_lengths,
+    check_server,
+    check_token_ids,
+    check_tokenizer,
+)
+from gift_trl.annotation.engine import find_scored_rows, keep_random_state, score_rows, share_files, together
 from gift_trl.annotation.imports import attach_scores
 from gift_trl.annotation.loading import check_scoring_model, load_scoring_model
 from gift_trl.annotation.provenance import (
@@ -25,12 +32,13 @@ from gift_trl.annotation.provenance import (
     add_provenance,
     hash_chat_template,
     hash_vocabulary,
+    identify_code,
     identify_commit,
     identify_weights,
     library_versions,
     model_name,
 )
-from gift_trl.annotation.rows import RowStatistics, measure_rows, read_rows
+from gift_trl.annotation.rows import Row, RowStatistics, measure_rows, read_rows
 from gift_trl.annotation.scoring import default_tokens_per_batch, describe_quantization, scorer_of
 from gift_trl.annotation.server import ServerScorer
 from gift_trl.annotation.tokenization import (
@@ -39,13 +47,12 @@ from gift_trl.annotation.tokenization import (
     sort_out_rows,
     tokenize_dataset,
 )
-from gift_trl.model_pair import end_of_turn_token_ids, load_tokenizer, vocabulary_conflicts
+from gift_trl.model_pair import end_of_turn_token_ids, load_tokenizer
 
 
 logger = get_logger(__name__)
 
 ENGINES = ("transformers", "vllm")
-ORIGINAL_INDEX = "original_index"
 # Raised when the same tokens and weights would come out differently: what older versions have cached is not used
 _CACHE_VERSION = 1
 # Rows a server is asked for at a time; it makes its own batches
@@ -94,19 +101,34 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         }
         self._tokens_per_batch = tokens_per_batch
         self._cache_dir = cache_dir
+        self._engine = engine
         self._server = _connect(engine, base_url, served_model_name, concurrency, instruct_model)
         self._config = check_scoring_model(instruct_model, **self._config_kwargs)
         self._own_tokenizer = processing_class is None
         if processing_class is None:
             processing_class = load_tokenizer(instruct_model, **self._config_kwargs)
         self.processing_class = prepare_processing_class(processing_class, self._args)
-        # Before anything is scored, since it also finds a checkpoint without safetensors
         self._commit = identify_commit(instruct_model, revision)
-        self._weights = identify_weights(instruct_model, revision) if self._commit is None else None
+        self._weights: str | None = None
+        self._identity = self._identify()
         self._end_of_turn_token_ids = end_of_turn_token_ids(
             self.processing_class, instruct_model, **self._config_kwargs
         )
         self._loaded: tuple[PreTrainedModel, Any] | None = None
+
+    def _identify(self) -> list[str | None] | None:
+        """What identifies the model: its commit, or the content of its folder; nothing does a loaded one."""
+        if not isinstance(self._model, str):
+            return None
+        if self._commit is not None:
+            return [self._model, self._commit]
+        code = identify_code(self._model)
+        if self._server is not None:
+            # The weights may be on the server's machine only
+            return [model_name(self._model), code]
+        # Also finds a checkpoint without safetensors, before anything is scored
+        self._weights = identify_weights(self._model)
+        return [self._weights, code]
 
     def __enter__(self) -> "Annotator":
         return self
@@ -117,10 +139,9 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         if self._server is not None:
             self._server.close()
         if self._loaded is not None and isinstance(self._model, str):
-            _, engine = self._loaded
+            if self._loaded[1] is not None:
+                self._loaded[1].destroy()
             self._loaded = None
-            if engine is not None:
-                engine.destroy()
             release_memory()
 
     def annotate(self, dataset: Dataset, *, packing: bool | None = None, dataset_name: str = "train") -> Dataset:
@@ -136,8 +157,9 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         """
         tokenized = self._tokenize(dataset, dataset_name)
         rows, whole = self._sort_out(tokenized, packing, dataset_name)
-        self._check_lengths(rows)
         max_length = self._max_length(packing)
+        positions = getattr(self._config, "max_position_embeddings", None)
+        check_lengths(rows, positions, cut_later=max_length is None and self._args.max_length is not None)
         confidences, record = self._confidences(rows, max_length, dataset_name)
         annotated = concatenate_datasets([rows.rows, confidences], axis=1)
         return self._describe(annotated, rows, whole, max_length, record, dataset_name)
@@ -165,7 +187,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         return self._describe(rows.rows, rows, whole, self._max_length(packing), record, dataset_name)
 
     def _tokenize(self, dataset: Dataset, dataset_name: str) -> Dataset:
-        _check_dataset(dataset, dataset_name)
+        check_dataset(dataset, dataset_name)
         return tokenize_dataset(
             dataset,
             self.processing_class,
@@ -180,7 +202,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
 
     def _sort_out(self, tokenized: Dataset, packing: bool | None, dataset_name: str) -> tuple[SortedRows, int]:
         whole = measure_rows(tokenized)
-        self._check_rows(whole)
+        check_token_ids(whole, self._config.vocab_size, self.processing_class)
         rows = sort_out_rows(tokenized, whole, self._args, truncate=self._max_length(packing) is not None)
         if len(rows.rows) == 0:
             raise ValueError(
@@ -219,36 +241,6 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         )
         return add_provenance(annotated, provenance)
 
-    def _check_rows(self, statistics: RowStatistics) -> None:
-        size = self._config.vocab_size
-        beyond = np.flatnonzero(statistics.largest_ids >= size)
-        if len(beyond):
-            row = int(beyond[0])
-            raise ValueError(
-                f"Row {row} holds the token id {statistics.largest_ids[row]}, but the model's vocabulary has {size} rows. "
-                "The data was tokenised for another model: use the instruct model's tokenizer."
-            )
-        bos = self.processing_class.bos_token_id
-        doubled = np.flatnonzero((statistics.starts == bos).all(axis=1)) if bos is not None else ()
-        if len(doubled):
-            raise ValueError(
-                f"{len(doubled)} rows begin with two {self.processing_class.bos_token!r} tokens, the first being row "
-                f"{int(doubled[0])}: the text or chat template has one, and the tokenizer adds another. Remove it from "
-                "the text."
-            )
-
-    def _check_lengths(self, rows: SortedRows) -> None:
-        lengths = rows.statistics.lengths
-        positions = getattr(self._config, "max_position_embeddings", None)
-        served = None if self._server is None else self._server.max_length
-        longest = int(lengths.argmax())
-        for limit, what in ((positions, "the model has {} positions"), (served, "the server takes {} tokens")):
-            if limit is not None and lengths[longest] > limit:
-                raise ValueError(
-                    f"Row {rows.names[longest]} is {lengths[longest]} tokens long, but {what.format(limit)}. Set "
-                    f"`max_length` to {limit} or less."
-                )
-
     def _confidences(
         self, rows: SortedRows, max_length: int | None, dataset_name: str
     ) -> tuple[Dataset, dict[str, Any]]:
@@ -259,20 +251,16 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
                 f"The processes hold different rows of the {dataset_name} dataset, and each would score a part of "
                 "another one. Give every process the same data: the same files, and no shuffling without a seed."
             )
-        cache = AnnotationCache(self._fingerprint(statistics, max_length), self._cache_dir)
+        cache = together(lambda: AnnotationCache(self._fingerprint(statistics, max_length), self._cache_dir))
         if not any(_gather(cache.is_complete)):
-            cache.check_space(statistics)
-            arrow = rows.rows.with_format("arrow")
+            arrow = rows.rows.select_columns(["input_ids", "labels"]).with_format("arrow")
             with keep_random_state():
                 record = self._score(arrow, rows.names, statistics, cache, dataset_name)
-            share_files(cache)
-            # The second time for processes that write to another disk than the main process
-            for is_main in (PartialState().is_main_process, PartialState().is_local_main_process):
-                if is_main and not cache.is_complete:
-                    cache.assemble(arrow, statistics, record)
-                PartialState().wait_for_everyone()
+            share_files(cache, with_main_only=True)
+            is_main = PartialState().is_main_process
+            together(lambda: is_main and not cache.is_complete and cache.assemble(arrow, statistics, record))
         share_files(cache)
-        return cache.load()
+        return together(cache.load)
 
     def _fingerprint(self, statistics: RowStatistics, max_length: int | None) -> str | None:
         if not isinstance(self._model, str):
@@ -286,8 +274,8 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         return fingerprint(
             {
                 "version": _CACHE_VERSION,
-                "model": self._weights if self._commit is None else f"{self._model}@{self._commit}",
-                "server": None if self._server is None else self._server.identity,
+                "model": self._identity,
+                "engine": self._engine,
                 "kwargs": {"dtype": "auto", **kwargs},
                 "tokens": statistics.digest,
                 "vocabulary": hash_vocabulary(self.processing_class),
@@ -301,45 +289,57 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         self, rows: Dataset, names: np.ndarray, statistics: RowStatistics, cache: AnnotationCache, dataset_name: str
     ) -> dict[str, Any]:
         scored = find_scored_rows(cache, statistics)
-        if scored.all():  # killed after its last part
-            return self._plan(cache, self._describe_scoring)
-        self._check_tokenizer()
-        shortest = read_rows(rows, np.argsort(statistics.lengths, kind="stable")[:2].tolist(), names)
+        plan = next((plan for plan in _gather(cache.read_plan()) if plan is not None), None)
+        if scored.all() and plan is not None:  # killed after its last part
+            return plan
         options = {"scored": scored, "description": f"Scoring {dataset_name} dataset"}
+        shortest = read_rows(rows, np.argsort(statistics.lengths, kind="stable")[:2].tolist(), names)
+        longest = read_rows(rows, [int(statistics.lengths.argmax())], names)
+        together(lambda: self._prepare_scoring(cache, statistics, scored, names, [*longest, *shortest]))
+        plan = self._describe_scoring() if plan is None else plan
+        if self._tokens_per_batch is not None:
+            plan["tokens_per_batch"] = self._tokens_per_batch
+        if PartialState().num_processes > 1:
+            plan = _from_main(plan)
+        together(lambda: cache.write_plan(plan))
         if self._server is not None:
-            longest = read_rows(rows, [int(statistics.lengths.argmax())], names)
-            self._check_served_model()
-            self._server.check([*longest, *shortest])
-            record = self._plan(cache, self._describe_scoring)
             score_rows(rows, names, statistics, cache, self._server, tokens_per_batch=_SERVER_TOKENS, **options)
-            return record
-        if self._loaded is None:
-            self._loaded = (
-                load_scoring_model(self._model, self._load_kwargs)
-                if isinstance(self._model, str)
-                else (self._model, None)
-            )
+            return plan
         model, run = self._loaded
-        record = self._plan(cache, self._describe_scoring)
         with scorer_of(model, run) as scorer:
-            scorer.check(shortest[0])
+            together(lambda: scorer.check(shortest[0]))
             score_rows(
                 rows,
                 names,
                 statistics,
                 cache,
                 scorer,
-                tokens_per_batch=self._tokens_per_batch or record["tokens_per_batch"],
+                tokens_per_batch=plan["tokens_per_batch"],
                 sharded=run is not None,
                 **options,
             )
-        return record
+        return plan
 
-    def _plan(self, cache: AnnotationCache, describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        plan = [cache.plan(describe) if PartialState().is_main_process else None]
-        if PartialState().num_processes > 1:
-            broadcast_object_list(plan)
-        return plan[0]
+    def _prepare_scoring(
+        self,
+        cache: AnnotationCache,
+        statistics: RowStatistics,
+        scored: np.ndarray,
+        names: np.ndarray,
+        examples: list[Row],
+    ) -> None:
+        cache.check_space(statistics, scored)
+        if not self._own_tokenizer and isinstance(self._model, str):
+            check_tokenizer(self.processing_class, self._model, **self._config_kwargs)
+        if self._server is not None:
+            check_server(self._server, self._model, statistics, names)
+            self._server.check(examples)
+        elif self._loaded is None:
+            self._loaded = (
+                load_scoring_model(self._model, self._load_kwargs)
+                if isinstance(self._model, str)
+                else (self._model, None)
+            )
 
     def _describe_scoring(self) -> dict[str, Any]:
         description = {"model": model_name(self._model), "versions": library_versions()}
@@ -359,45 +359,15 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
             "tokens_per_batch": self._tokens_per_batch or default_tokens_per_batch(model),
         }
 
-    def _check_served_model(self) -> None:
-        served = self._server.identity
-        names = {Path(name).name for name in (served["model"], served["root"])}
-        if Path(self._model).name not in names:
-            logger.warning(
-                f"The server serves `{served['model']}` (from `{served['root']}`), and its probabilities are taken for "
-                f"those of `{self._model}`. Make sure that it has loaded these weights."
-            )
 
-    def _check_tokenizer(self) -> None:
-        if self._own_tokenizer or not isinstance(self._model, str):
-            return
-        try:
-            own = load_tokenizer(self._model, **self._config_kwargs)
-        except ValueError:  # a checkpoint without tokenizer files has nothing to compare
-            return
-        conflicts = vocabulary_conflicts(own, self.processing_class)
-        if conflicts:
-            raise ValueError(
-                f"The tokenizer is not that of `{model_name(self._model)}`, which would score other tokens than those "
-                f"meant: {conflicts}. Leave `processing_class` unset, or give the tokenizer of the model that scores."
-            )
+def _from_main(value: Any) -> Any:
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def _gather(value: Any) -> list[Any]:
     return gather_object([value]) if PartialState().num_processes > 1 else [value]
-
-
-def _check_dataset(dataset: Any, dataset_name: str) -> None:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"The {dataset_name} dataset is a `{type(dataset).__name__}`, which cannot be scored ahead of training. "
-            "Materialise it as a `datasets.Dataset` (for example by loading it without streaming)."
-        )
-    if "confidences" in dataset.column_names:
-        raise ValueError(
-            f"The {dataset_name} dataset already has a `confidences` column. Remove the columns `input_ids`, `labels` "
-            "and `confidences` to annotate it again."
-        )
 
 
 def _connect(

@@ -141,26 +141,25 @@ def score_rows(
         leave=False,
     )
     rows = (read_rows(dataset, batch, names) for batch in mine)
+    row_names = [int(names[row]) for batch in mine for row in batch]
     error, broken = None, []
     try:
         with progress:
             broken = _write_parts(scorer.score(rows, passes), cache, progress.update)
     except Exception as caught:
-        # Kept until the other processes can be told: one that raised here would leave them waiting for it
-        if state.num_processes == 1 or sharded:
-            raise _with_remedy(caught, tokens_per_batch) from caught
-        error = f"{type(caught).__name__}: {_with_remedy(caught, tokens_per_batch)}"
-    failures = [(state.process_index, error, broken, [int(names[row]) for batch in mine for row in batch])]
+        if state.num_processes == 1:
+            raise _with_remedy(caught, tokens_per_batch) from caught.__cause__
+        error = _describe_failure(caught, row_names, tokens_per_batch)
+        if sharded:  # the others are waiting for this process's part of the weights, and cannot be told
+            raise ValueError(error) from caught
+    # Told to the other processes first: one that raised alone would leave them waiting for it
+    failures = [(error, broken)]
     if state.num_processes > 1:
         failures = gather_object(failures)
-    for process, error, _, row_names in failures:
+    for error, _ in failures:
         if error is not None:
-            shown = ", ".join(map(str, row_names[:20])) + (", …" if len(row_names) > 20 else "")
-            raise ValueError(
-                f"Process {process} of {state.num_processes} failed while it scored its {len(row_names)} rows ({shown}). "
-                f"What was scored until then is kept; run again to go on. {error}"
-            )
-    broken = sorted(row for _, _, rows, _ in failures for row in rows)
+            raise ValueError(error)
+    broken = sorted(row for _, rows in failures for row in rows)
     if broken:
         raise ValueError(
             f"The model gave NaN or infinite probabilities for {len(broken)} rows, the first being row {broken[0]}. "
@@ -195,6 +194,16 @@ def _write_parts(
     return broken
 
 
+def _describe_failure(error: Exception, row_names: list[int], tokens_per_batch: int) -> str:
+    state = PartialState()
+    shown = ", ".join(map(str, row_names[:20])) + (", …" if len(row_names) > 20 else "")
+    return (
+        f"Process {state.process_index} of {state.num_processes} failed while it scored its {len(row_names)} rows "
+        f"({shown}). What was scored until then is kept; run again to go on. {type(error).__name__}: "
+        f"{_with_remedy(error, tokens_per_batch)}"
+    )
+
+
 def _with_remedy(error: Exception, tokens_per_batch: int) -> Exception:
     if not isinstance(error, torch.OutOfMemoryError):
         return error
@@ -204,25 +213,61 @@ def _with_remedy(error: Exception, tokens_per_batch: int) -> Exception:
     )
 
 
-def share_files(cache: AnnotationCache) -> None:
+def together(action: Callable[[], Any]) -> Any:
     """
-    Gives every process the finished files of the others, where they do not write to the same disk.
+    Does something in every process, and fails in all of them if it fails in one.
+
+    Args:
+        action (`Callable`):
+            What to do. It must not wait for the other processes.
+
+    Returns:
+        `Any`: What it returns in this process.
+
+    Raises:
+        `ValueError`: If it failed in another process; in this one, the error itself is raised.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return action()
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    errors = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+    if error is not None:
+        raise error
+    for process, message in enumerate(errors):
+        if message is not None:
+            raise ValueError(f"Process {process} of {state.num_processes} failed: {message}")
+    return result
+
+
+def share_files(cache: AnnotationCache, *, with_main_only: bool = False) -> None:
+    """
+    Gives the processes each other's finished files, where they do not write to the same disk.
 
     Args:
         cache ([`AnnotationCache`]):
             Folder of this process.
+        with_main_only (`bool`, *optional*, defaults to `False`):
+            Whether only the main process needs them.
     """
     state = PartialState()
     if state.num_processes == 1:
         return
     seen = gather_object([cache.file_names()])
     for name in sorted(set().union(*seen)):
-        if all(name in names for names in seen):
+        lacking = [process for process, names in enumerate(seen) if name not in names]
+        if with_main_only:
+            lacking = lacking[:1] if lacking[:1] == [0] else []
+        if not lacking:
             continue
         owner = next(process for process, names in enumerate(seen) if name in names)
         content = [cache.read_file(name) if state.process_index == owner else None]
         broadcast_object_list(content, from_process=owner)
-        if name not in cache.file_names():
+        if state.process_index in lacking and content[0] is not None:
             cache.copy_file(name, content[0])
 
 

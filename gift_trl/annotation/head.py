@@ -140,9 +140,12 @@ def target_log_probs(
                 logits.mul_(scale)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
-            # One kernel for what would be four passes; a logit minus its log-probability is the tile's log-sum-exp
+            # One kernel for what would be four passes; the largest logit minus its log-probability is the tile's
+            # log-sum-exp, without cancellation. A tile may be masked as a whole, with a bias of minus infinity
             torch.log_softmax(logits, dim=1, out=log_softmax)
-            torch.logaddexp(normalizer, logits[:, 0] - log_softmax[:, 0], out=normalizer)
+            largest = logits.amax(dim=1)
+            tile_normalizer = torch.where(largest == float("-inf"), largest, largest - log_softmax.amax(dim=1))
+            torch.logaddexp(normalizer, tile_normalizer, out=normalizer)
             inside = (ids >= low) & (ids < low + len(part))
             found = logits.gather(1, (ids - low).clamp(0, len(part) - 1)[:, None])[:, 0]
             target_logits = torch.where(inside, found, target_logits)

@@ -73,14 +73,17 @@ def _with_confidences(dataset: Dataset) -> Any:
 
 
 def _read_scores(scores: list[float] | list[list[float]] | None, index: int) -> np.ndarray:
-    values = np.array(scores or [], dtype=np.float64)
-    if values.ndim == 2:
-        if (values != values[:, :1]).any():
-            raise ValueError(
-                f"Row {index} has scores of several different numbers, and it is not known which is the confidence. Give "
-                "one number for each token, or the same one twice."
-            )
-        values = values[:, 0]
+    pairs = [score if isinstance(score, list) else [score] for score in scores or []]
+    if not all(pair and all(isinstance(value, (int, float)) for value in pair) for pair in pairs):
+        raise ValueError(
+            f"Row {index} has scores that are no numbers. Give one number for each token, or two equal ones."
+        )
+    if any(len(set(pair)) > 1 for pair in pairs):
+        raise ValueError(
+            f"Row {index} has scores of several different numbers, and it is not known which is the confidence. Give "
+            "one number for each token, or the same one twice."
+        )
+    values = np.array([pair[0] for pair in pairs], dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
         raise ValueError(f"Row {index} has scores that are no probabilities between 0 and 1. Make them again.")
     return values

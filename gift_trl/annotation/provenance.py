@@ -170,6 +170,35 @@ def identify_weights(model: str | PreTrainedModel, revision: str | None = None) 
     return weights_fingerprint(checkpoint_folder(model, revision)) if isinstance(model, str) else None
 
 
+def identify_code(folder: str) -> str:
+    """
+    Hash of what a local checkpoint folder says besides its weights: the configuration, and the code it may bring.
+
+    Args:
+        folder (`str`):
+            Checkpoint folder.
+
+    Returns:
+        `str`: SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        `ValueError`: If an adapter lies in the folder, which transformers would load with the model.
+    """
+    path = Path(folder).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"'{folder}' holds an adapter beside the model, which would be loaded with it. Merge it into the model, or move "
+            "`adapter_config.json` and its weights to a folder of their own."
+        )
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    # Changed by saving the model again, and by nothing else
+    config = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(path.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 def add_provenance(dataset: Dataset, *provenances: Provenance) -> Dataset:
     """
     Attaches provenances to a dataset, in place of any it had.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, LargeList, List, Value
 
 
 # Rows read at a time: their token ids are in memory, those of the whole dataset never are
@@ -53,6 +53,8 @@ class RowStatistics:
             Largest token id or label of every row, `-1` for an empty one.
         starts (`np.ndarray` of shape `(rows, 2)`, int64):
             First two token ids of every row, `-1` where there is none.
+        relabelled (`np.ndarray` of shape `(rows,)`, bool):
+            Whether a target's label is another token than the one at its position.
         digest (`str`):
             SHA-256 of the token ids and labels, as hexadecimal digits.
     """
@@ -61,11 +63,12 @@ class RowStatistics:
     targets: np.ndarray
     largest_ids: np.ndarray
     starts: np.ndarray
+    relabelled: np.ndarray
     digest: str
 
     def select(self, rows: np.ndarray) -> "RowStatistics":
         """The statistics of some of the rows; the digest stays that of all."""
-        arrays = (self.lengths, self.targets, self.largest_ids, self.starts)
+        arrays = (self.lengths, self.targets, self.largest_ids, self.starts, self.relabelled)
         return RowStatistics(*(array[rows] for array in arrays), self.digest)
 
 
@@ -81,9 +84,11 @@ def measure_rows(dataset: Dataset) -> RowStatistics:
         [`RowStatistics`]: Lengths, target counts, largest ids and a digest.
 
     Raises:
-        `ValueError`: If a row has labels of another length than its token ids, or a token id below 0.
+        `ValueError`: If the columns are no lists of integers, or a row has labels of another length than its token ids,
+            or a token id below 0.
     """
-    lengths, targets, largest, starts = [], [], [], []
+    check_token_columns(dataset)
+    lengths, targets, largest, starts, relabelled = [], [], [], [], []
     digest = hashlib.sha256()
     for start, table in _tables(dataset):
         ids, offsets = flatten_lists(table["input_ids"])
@@ -107,9 +112,36 @@ def measure_rows(dataset: Dataset) -> RowStatistics:
         targets.append(_sum_rows(is_target, offsets))
         largest.append(_max_rows(np.maximum(ids, targeted), offsets))
         starts.append(_first_two(ids, offsets))
+        relabelled.append(_sum_rows(is_target & (targeted != ids), offsets) > 0)
         for part in (np.diff(offsets), ids, targeted):
             digest.update(np.ascontiguousarray(part).tobytes())
-    return RowStatistics(*(np.concatenate(parts) for parts in (lengths, targets, largest, starts)), digest.hexdigest())
+    return RowStatistics(
+        *(np.concatenate(parts) for parts in (lengths, targets, largest, starts, relabelled)), digest.hexdigest()
+    )
+
+
+def check_token_columns(dataset: Dataset) -> None:
+    """
+    Checks that those of the columns `input_ids` and `labels` that are there hold lists of integers.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset.
+
+    Raises:
+        `ValueError`: If they do not, or a row has none.
+    """
+    for name in sorted({"input_ids", "labels"} & set(dataset.column_names)):
+        kind = dataset.features[name]
+        is_list = isinstance(kind, (List, LargeList))
+        if not (is_list and isinstance(kind.feature, Value) and "int" in kind.feature.dtype):
+            raise ValueError(
+                f"The column `{name}` holds {kind}, not lists of token ids. A tokenised dataset has lists of integers in "
+                "`input_ids` and `labels`; rename the column if it means something else."
+            )
+        empty = pc.is_null(dataset.with_format("arrow")[:][name]).to_numpy()
+        if empty.any():
+            raise ValueError(f"Row {int(empty.argmax())} has no `{name}`. Leave the row out, or tokenise it again.")
 
 
 def read_rows(dataset: Dataset, indices: Sequence[int], names: np.ndarray) -> list[Row]:

@@ -126,14 +126,15 @@ def scorer_of(model: PreTrainedModel, run: Any = None) -> Iterator[ModelScorer]:
     """
     target = unwrap_model(model)
     own_forward = target.__dict__.get("forward")
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     add_scoring_head(target)
     model.eval()
     try:
         with torch.no_grad():
             yield ModelScorer(model, run)
     finally:
-        model.train(was_training)
+        for module in in_training:  # each for itself: some may have been in evaluation mode
+            module.training = True
         if own_forward is None:
             del target.forward
         else:

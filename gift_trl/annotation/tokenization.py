@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import is_conversational
 
-from gift_trl.annotation.rows import RowStatistics, measure_rows
+from gift_trl.annotation.rows import RowStatistics, check_token_columns, measure_rows
 
 
 EMPTY_COMPLETION = "no target token"
@@ -99,6 +99,7 @@ def tokenize_dataset(
     """
     if len(dataset) == 0:
         raise ValueError(f"The {dataset_name} dataset is empty. Check its path, split and `max_samples`.")
+    check_token_columns(dataset)
     example = dataset[0]
     _check_columns(example, args, formatting_func, dataset_name)
     chat_template = None

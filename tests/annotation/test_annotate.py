@@ -1,10 +1,11 @@
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -99,8 +100,10 @@ def test_batches_hold_every_row_within_the_budget():
 
 def test_loaded_model_is_left_as_it_was(pair, conversations):
     model = AutoModelForCausalLM.from_pretrained(pair[1]).train()
+    model.model.layers[1].eval()
     annotate_dataset(conversations, model)
-    assert model.training
+    assert model.training and model.model.layers[0].training
+    assert not any(module.training for module in model.model.layers[1].modules())
     assert "forward" not in model.__dict__
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 384)
@@ -209,6 +212,9 @@ def test_nan_is_refused_with_the_row(pair, conversations):
         ({"input_ids": [[5, 6], [5, 6]], "labels": [[5, 6], [5]]}, r"Row 1 has 2 token ids and 1 labels"),
         ({"input_ids": [[5, 6], [5, -1]]}, r"Row 1 holds a negative token id"),
         ({"input_ids": [[5, 6]], "labels": [[5, -1]]}, r"Row 0 holds a negative token id, or a negative label"),
+        ({"text": ["a b"], "labels": [1]}, r"The column `labels` holds .* not lists of token ids"),
+        ({"input_ids": [[5, 6], None]}, r"Row 1 has no `input_ids`"),
+        ({"text": ["a b"], "original_index": ["x"]}, r"a column `original_index` that holds no integers"),
         ({"input_ids": [[5, 6]], "confidences": [[0.0, 0.1]]}, r"already has a `confidences` column"),
     ],
 )
@@ -279,6 +285,18 @@ def test_bad_models(pair, conversations, tokenizer, tmp_path):
         annotate_dataset(conversations, str(tmp_path / "bert"), tokenizer)
     with pytest.raises(TypeError, match=r"`IterableDataset`, which cannot be scored ahead of training"):
         annotate_dataset(IterableDataset.from_generator(lambda: iter([{"text": "a"}])), pair[1])
+    with pytest.raises(TypeError, match=r"is a `DatasetDict`. Give a `datasets.Dataset`: one split"):
+        annotate_dataset(DatasetDict({"train": conversations}), pair[1])
+    with pytest.raises(ValueError, match=r"256 positions. Rows to be packed are scored whole: leave the row out"):
+        annotate_dataset(
+            Dataset.from_dict({"input_ids": [[5] * 300]}),
+            pair[1],
+            args=SFTConfig(bf16=False, max_length=200, packing=True),
+        )
+    shutil.copytree(pair[1], tmp_path / "with_adapter")
+    (tmp_path / "with_adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter beside the model"):
+        annotate_dataset(conversations, str(tmp_path / "with_adapter"), tokenizer)
     with pytest.raises(ValueError, match=r"No tokenizer was found"):
         annotate_dataset(conversations, AutoModelForCausalLM.from_config(nameless_config(pair)))
     with pytest.raises(ValueError, match=r"`eos_token` is '<none>'"):

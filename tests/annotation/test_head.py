@@ -71,6 +71,19 @@ def test_extreme_logits_do_not_overflow():
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-3)
 
 
+@pytest.mark.parametrize("lowest", [-50.0, -1000.0, float("-inf")])
+def test_unlikely_and_masked_tokens_do_not_blur_the_others(tiles, lowest):
+    # A whole tile of the vocabulary, and the first token of the others, are as good as impossible
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 8, generator=generator), torch.randn(5000, 8, generator=generator)
+    bias = torch.zeros(5000)
+    bias[::2048] = bias[2048:4096] = bias[::7] = lowest
+    targets = torch.tensor([1, 2, 3, 4, 5, 4097, 4098, 4099, 4100])
+    found = target_log_probs(hidden, targets, weight, bias)
+    expected = (hidden.double() @ weight.double().T + bias.double()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -60,6 +60,8 @@ def test_flat_scores_and_truncation(scored, pair):
         (lambda s: s[:-1], r"Row 1 has (\d+) scores, and its response has (\d+) tokens here"),
         (lambda s: [*s, [0.5, 0.5]], r"Row 1 has (\d+) scores, and its response has (\d+) tokens here"),
         (lambda s: None, r"Row 1 has 0 scores"),
+        (lambda s: [None, *s[1:]], r"Row 1 has scores that are no numbers"),
+        (lambda s: [[]] * len(s), r"Row 1 has scores that are no numbers"),
         (lambda s: [[0.5, 0.25]] * len(s), r"Row 1 has scores of several different numbers"),
         (lambda s: [[1.5, 1.5]] * len(s), r"Row 1 has scores that are no probabilities"),
         (lambda s: [[float("nan")] * 2] * len(s), r"Row 1 has scores (of several different|that are no prob)"),

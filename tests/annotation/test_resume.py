@@ -24,10 +24,19 @@ from datasets import disable_caching, enable_caching
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from gift_trl.annotation import annotate_dataset, annotator, engine, load_annotated_dataset, read_provenance
+from gift_trl.annotation import annotate_dataset, annotator, cache, engine, load_annotated_dataset, read_provenance
 
 
 TOKENS_PER_BATCH = 400
+ZERO3 = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "DEEPSPEED",
+    "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True},
+    "mixed_precision": "no",
+    "num_machines": 1,
+    # Not with `use_cpu`, which would make DDP of it
+    "main_process_port": 0,
+}
 # A part is written when 0.1 s have passed, in which a child that takes 0.01 s for a row scores ten rows: at most as many
 # batches. Some more may pass on a busy machine before the child's clock is read
 BATCHES_PER_PART = 12
@@ -47,7 +56,7 @@ def many_rows(tmp_path) -> Path:
 def launch(tmp_path, pair, many_rows):
     """Starts the worker, in one process or several, and waits for it unless told otherwise."""
 
-    def start(name: str, processes: int = 1, wait: bool = True, environment: dict | None = None, **settings):
+    def start(name: str, processes: int = 1, environment: dict | None = None, zero3: bool = False, **settings):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         settings = {
@@ -60,20 +69,23 @@ def launch(tmp_path, pair, many_rows):
             **settings,
         }
         (folder / "settings.json").write_text(json.dumps(settings))
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        process = subprocess.Popen(
+        command = [sys.executable, "-m"]
+        if zero3:
+            (folder / "zero3.yaml").write_text(json.dumps(ZERO3 | {"num_processes": processes}))
+            command += ["accelerate.commands.launch", "--config_file", str(folder / "zero3.yaml")]
+        elif processes > 1:
+            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        else:
+            command.pop()
+        process = subprocess.run(
             [*command, worker.__file__, str(folder / "settings.json")],
             env={**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            timeout=300,
         )
-        if wait:
-            output, _ = process.communicate(timeout=300)
-            return folder, process.returncode, output
-        return folder, process, None
+        return folder, process.returncode, process.stdout
 
     return start
 
@@ -93,7 +105,7 @@ def test_any_number_of_processes_gives_the_same_files(launch):
         many, status, output = launch(f"many{processes}", processes, cache_dir=str(one.parent / "disk{rank}"))
         assert status == 0, output
         facts = json.loads((many / "facts.json").read_text())
-        assert facts == {"num_processes": processes, "distributed_type": "MULTI_CPU"}
+        assert facts == {"num_processes": processes, "distributed_type": "MULTI_CPU", "zero3": False}
         for rank in range(processes):
             assert_same_files(one / "annotated", many / ("annotated" + (f"-{rank}" if rank else "")))
         ranks = Counter(line.split()[0] for line in (many / "log").read_text().splitlines())
@@ -109,7 +121,7 @@ def in_child(pair, many_rows, tmp_path):
 
     def start(cache_dir: Path, **settings) -> tuple[int, Path]:
         log = tmp_path / f"{cache_dir.name}.log"
-        path = tmp_path / f"{cache_dir.name}.json"
+        path = tmp_path / f"{settings.pop('name', cache_dir.name)}.json"
         path.write_text(
             json.dumps(
                 {
@@ -174,6 +186,88 @@ def test_a_kill_at_any_moment_costs_one_part_at_most(in_child, many_rows, tmp_pa
     assert killed_while_scoring >= 12
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("write", [1, 2, 3, 4], ids=["plan", "part", "table", "record"])
+def test_a_kill_between_any_two_writes_loses_nothing(in_child, tmp_path, write, moment):
+    child, _ = in_child(tmp_path / "whole")
+    assert os.waitpid(child, 0)[1] == 0
+    child, log = in_child(tmp_path / "killed", kill_at=[moment, write])
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    before = rows_in(log)
+    child, _ = in_child(tmp_path / "killed")
+    assert os.waitpid(child, 0)[1] == 0
+    assert_same_files(Path(f"{tmp_path / 'whole'}-annotated"), Path(f"{tmp_path / 'killed'}-annotated"))
+    written = write > 2 or (write, moment) == (2, "after")
+    assert len(rows_in(log)) - len(before) == (0 if written else 60), "what is in a part is not scored again"
+    assert sorted(path.name for path in next((tmp_path / "killed").iterdir()).glob("[!.]*")) == [
+        "annotation.json",
+        "confidences.arrow",
+    ]
+
+
+def test_two_runs_of_one_annotation(in_child, tmp_path):
+    child, _ = in_child(tmp_path / "whole")
+    assert os.waitpid(child, 0)[1] == 0
+    children = [
+        in_child(
+            tmp_path / "cache",
+            name=f"run{i}",
+            output=str(tmp_path / f"run{i}"),
+            seconds_per_part=0,
+            seconds_per_row=0.002 * i,
+        )[0]
+        for i in range(3)
+    ]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    for i in range(3):
+        assert_same_files(Path(f"{tmp_path / 'whole'}-annotated"), tmp_path / f"run{i}")
+
+
+@pytest.mark.parametrize("completed", [True, False], ids=["by another run", "by nobody"])
+def test_vanished_parts_are_never_taken_for_zeros(pair, conversations, tmp_path, monkeypatch, completed):
+    good = annotate_dataset(conversations, pair[1], cache_dir=tmp_path / "good")
+    assemble = cache.AnnotationCache.assemble
+
+    def assemble_late(self, *args):
+        for part in self.folder.glob("part-*"):
+            part.unlink()
+        if completed:  # another run has been faster, and has removed the parts
+            shutil.copytree(next((tmp_path / "good").iterdir()), self.folder, dirs_exist_ok=True)
+        assemble(self, *args)
+
+    monkeypatch.setattr(cache.AnnotationCache, "assemble", assemble_late)
+    if completed:
+        found = annotate_dataset(conversations, pair[1], cache_dir=tmp_path / "cache")
+        assert found["confidences"][:] == good["confidences"][:]
+    else:
+        with pytest.raises(ValueError, match=r"The confidences of 8 rows have gone from"):
+            annotate_dataset(conversations, pair[1], cache_dir=tmp_path / "cache")
+        monkeypatch.undo()
+        found = annotate_dataset(conversations, pair[1], cache_dir=tmp_path / "cache")
+        assert found["confidences"][:] == good["confidences"][:]
+
+
+def test_damaged_files_are_noticed(in_child, tmp_path):
+    child, _ = in_child(tmp_path / "whole")
+    assert os.waitpid(child, 0)[1] == 0
+    child, _ = in_child(tmp_path / "cache", seconds_per_part=0, kill_at=["before", 30])
+    os.waitpid(child, 0)
+    parts = sorted((tmp_path / "cache").rglob("part-*"))
+    assert len(parts) > 10
+    parts[0].write_bytes(b"")
+    parts[1].write_bytes(parts[1].read_bytes()[:100])
+    next((tmp_path / "cache").rglob("plan.json")).write_text("")
+    child, _ = in_child(tmp_path / "cache")
+    assert os.waitpid(child, 0)[1] == 0
+    assert_same_files(Path(f"{tmp_path / 'whole'}-annotated"), Path(f"{tmp_path / 'cache'}-annotated"))
+    table = next((tmp_path / "cache").rglob("*.arrow"))
+    table.write_bytes(table.read_bytes()[:1000])
+    child, _ = in_child(tmp_path / "cache", output=str(tmp_path / "again"))
+    assert os.waitpid(child, 0)[1] != 0
+    assert "is damaged" in (tmp_path / "cache.error").read_text()
+    assert "Delete the folder and run again" in (tmp_path / "cache.error").read_text()
+
+
 def test_the_second_call_loads_no_model(pair, conversations, tmp_path, monkeypatch):
     options = {"args": SFTConfig(bf16=False, use_cpu=True), "cache_dir": tmp_path}
     first = annotate_dataset(conversations, pair[1], **options)
@@ -217,6 +311,11 @@ def test_whatever_changes_the_confidences_is_scored_again(pair, conversations, t
     model.save_pretrained(tmp_path / "renamed")
     changed = run(str(tmp_path / "renamed"))
     assert folders() == 9
+    # The same weights under another configuration
+    config = json.loads((tmp_path / "renamed" / "config.json").read_text())
+    (tmp_path / "renamed" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert run(str(tmp_path / "renamed"))["confidences"][:] != changed["confidences"][:]
+    assert folders() == 10
     assert changed["confidences"][:] != run()["confidences"][:]
 
 
@@ -251,7 +350,9 @@ def test_random_numbers_are_left_alone(pair, conversations, tmp_path):
 def test_a_full_disk_is_found_before_the_model_is_loaded(pair, conversations, tmp_path, monkeypatch):
     monkeypatch.setattr(annotator, "load_scoring_model", None)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
-    with pytest.raises(OSError, match=r"need 0 MB, and 0 MB are free. Free some space, or set `annotation_cache_dir`"):
+    with pytest.raises(
+        OSError, match=r"need 0.0\d+ MB, and 0.0001 MB are free. Free some space, or set `annotation_cache_dir`"
+    ):
         annotate_dataset(conversations, pair[1], cache_dir=tmp_path)
 
 
@@ -292,6 +393,8 @@ def test_sharded_weights_give_the_same_confidences(launch, make_model, tmp_path)
     assert status == 0, output
     sharded, status, output = launch("sharded", processes=2, model=model, zero3=True)
     assert status == 0, output
+    facts = json.loads((sharded / "facts.json").read_text())
+    assert (facts["num_processes"], facts["zero3"]) == (2, True)
     assert {"model.embed_tokens.weight", "lm_head.weight"} < set((sharded / "partitioned").read_text().split())
     q, q_sharded = (
         load_annotated_dataset(folder / "annotated")["train"]["confidences"] for folder in (whole, sharded)

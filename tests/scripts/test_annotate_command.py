@@ -65,6 +65,8 @@ def test_a_server_gives_the_same_confidences(pair, recipe, tmp_path, caplog):
         asked = len(server.prompts)
         main(["--config", config, "--annotation_output_dir", outputs[1], "--annotation_overwrite", *arguments])
         assert len(server.prompts) == asked, "what is in the cache is not asked again"
+    # A finished annotation needs the server no more
+    main(["--config", config, "--annotation_output_dir", outputs[1], "--annotation_overwrite", *arguments])
     here, there = (load_annotated_dataset(output)["train"] for output in outputs)
     assert here["input_ids"][:] == there["input_ids"][:]
     for a, b in zip(here["confidences"], there["confidences"], strict=True):
