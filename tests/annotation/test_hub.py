@@ -1,5 +1,6 @@
 """Pushes to a Hub on the loopback interface, and loads from it, in processes of their own."""
 
+import json
 import os
 from pathlib import Path
 from unittest.mock import patch
@@ -12,7 +13,9 @@ from trl import DatasetMixtureConfig
 
 from gift_trl.annotation import Provenance, hub, read_provenance, save_annotated_dataset, storage
 from gift_trl.annotation.provenance import add_provenance
+from gift_trl.scripts.annotate import main as annotate_command
 from gift_trl.scripts.arguments import GIFTScriptArguments
+from gift_trl.scripts.cli import run
 from gift_trl.scripts.data import load_recipe_datasets
 
 
@@ -123,6 +126,11 @@ def load_recipe(dataset_name, streaming=False, test_split="test"):
     )
     loaded = load_recipe_datasets(script_args, DatasetMixtureConfig(), evaluate=True, seed=0)
     return [(list(split), read_provenance(split)) for split in loaded]
+
+
+def annotate(arguments: list[str]):
+    with patch.dict(os.environ, {"HF_TOKEN": TOKEN}):
+        run(annotate_command, arguments)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -311,3 +319,25 @@ def test_token_is_not_printed(log, client, folder):
     # By this push, and by all that went before in this module
     printed = log.read_text()
     assert "Upload" in printed and TOKEN not in printed
+
+
+def test_the_command_pushes_what_it_writes(server, client, pair, conversations, log, tmp_path):
+    conversations.to_json(tmp_path / "rows.jsonl")
+    recipe = {
+        "instruct_model_name_or_path": pair[1],
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "bf16": False,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "adapter"),
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--annotation_output_dir", str(tmp_path / "annotated")]
+    client(annotate, [*arguments, "--hub_dataset_id", "user/by-command", "--hub_private_repo", "true"])
+    pushed = server.files("dataset", "user/by-command")
+    local = contents(tmp_path / "annotated")
+    assert pushed.keys() == local.keys() | {".gitattributes", "README.md"}
+    assert all(pushed[name] == content for name, content in local.items())
+    assert server.repositories["dataset", "user/by-command"].private
+    printed = log.read_text()
+    assert f"Pushed to {server.endpoint}/datasets/user/by-command/commit/" in printed
+    assert TOKEN not in printed
