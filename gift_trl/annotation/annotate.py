@@ -75,7 +75,7 @@ def annotate_dataset(
             Number of requests a process keeps in flight at the server.
         tokens_per_batch (`int`, *optional*):
             Upper bound of the padded number of tokens in one forward pass. Defaults to what fits into half of the free
-            memory of the GPU, and to 4096 on a CPU. It moves the confidences by rounding only.
+            memory of the GPU, and to 1024 on a CPU. It moves the confidences by rounding only.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder of the cache. Defaults to `gift_trl/annotations` in the Hugging Face home (`HF_HOME`).
         dataset_name (`str`, *optional*, defaults to `"train"`):

@@ -13,8 +13,9 @@ from gift_trl.annotation.head import add_scoring_head
 from gift_trl.annotation.rows import Row
 
 
-# On a CPU a batch gains nothing over a row; on a GPU nothing is gained beyond the upper bound
-_CPU_TOKENS = 4096
+# On a CPU a large batch gains nothing over a row, and its activations leave the cache (benchmarks/annotation.py); on a
+# GPU nothing is gained beyond the upper bound
+_CPU_TOKENS = 1024
 _GPU_TOKENS = (2048, 32_768)
 # Tokens of the pass that compares the head with the model's own logits, and the largest mean difference of
 # log-probabilities that rounding explains

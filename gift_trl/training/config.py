@@ -55,7 +55,7 @@ class GIFTConfig(SFTConfig):
             Number of requests that a process keeps in flight at the server.
         annotation_tokens_per_batch (`int`, *optional*):
             Upper bound of the padded number of tokens in one forward pass of the instruct model. Defaults to what fits
-            into half of the free memory of the GPU, and to 4096 on a CPU.
+            into half of the free memory of the GPU, and to 1024 on a CPU.
         annotation_cache_dir (`str`, *optional*):
             Folder in which confidences are kept, so that no token is scored twice. Defaults to `gift_trl/annotations`
             in the Hugging Face home (`HF_HOME`).
@@ -140,7 +140,7 @@ class GIFTConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Upper bound of the padded number of tokens in one forward pass of the instruct model. Defaults to "
-            "what fits into half of the free memory of the GPU, and to 4096 on a CPU."
+            "what fits into half of the free memory of the GPU, and to 1024 on a CPU."
         },
     )
     annotation_cache_dir: str | None = field(
