@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
@@ -17,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from gift_trl.annotation import annotate_dataset, head
+from gift_trl.annotation import annotate_dataset, head, read_provenance
 from gift_trl.annotation.head import target_log_probs
 from gift_trl.annotation.rows import Row
 from gift_trl.annotation.scoring import scorer_of
@@ -146,11 +147,6 @@ def test_an_unknown_head_is_refused():
 
 
 def test_a_quantised_model_scores_and_says_so(make_model, tokenizer, conversations, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    from gift_trl.annotation import read_provenance
-
     folder = str(make_model(tmp_path / "model", hidden_size=64, intermediate_size=128))
     options = {"cache_dir": tmp_path / "cache"}
     plain = annotate_dataset(conversations, folder, tokenizer, **options)
