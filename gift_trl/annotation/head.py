@@ -14,6 +14,9 @@ from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 # enough for the matrix product to run at full speed
 _TILE_TOKENS = 512
 _TILE_VOCABULARY = 2048
+# Matrix products of fewer rows take other paths on a CPU, in which the last digit depends on where a tensor happens to
+# lie in memory: the same row would not always come out the same
+SMALLEST_PRODUCT = 16
 
 
 def add_scoring_head(model: PreTrainedModel) -> None:
@@ -112,7 +115,9 @@ def target_log_probs(
     Returns:
         `torch.Tensor` of shape `(N,)`, float32: Log-probabilities.
     """
-    vocabulary = weight.shape[0]
+    vocabulary, count = weight.shape[0], len(hidden)
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -count % SMALLEST_PRODUCT))
+    targets = torch.nn.functional.pad(targets, (0, -count % SMALLEST_PRODUCT))
     buffers = {} if buffers is None else buffers
     size = _TILE_TOKENS * min(_TILE_VOCABULARY, vocabulary)
     for name, dtype in (("logits", torch.float32), ("log_softmax", torch.float32), ("product", hidden.dtype)):
@@ -150,4 +155,4 @@ def target_log_probs(
             found = logits.gather(1, (ids - low).clamp(0, len(part) - 1)[:, None])[:, 0]
             target_logits = torch.where(inside, found, target_logits)
         result[start : start + _TILE_TOKENS] = target_logits - normalizer
-    return result
+    return result[:count]

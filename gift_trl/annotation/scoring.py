@@ -1,6 +1,7 @@
 """Probability of every target token under a causal language model in this process."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
-from gift_trl.annotation.head import add_scoring_head
+from gift_trl.annotation.head import SMALLEST_PRODUCT, add_scoring_head
 from gift_trl.annotation.rows import Row
 
 
@@ -91,15 +92,16 @@ class ModelScorer:
 
     def _score_batch(self, batch: list[Row]) -> list[np.ndarray]:
         lengths = [len(row.input_ids) for row in batch]
-        ids = torch.zeros((len(batch), max(lengths)), dtype=torch.long)
+        width = max(max(lengths), math.ceil(SMALLEST_PRODUCT / len(batch)))
+        ids = torch.zeros((len(batch), width), dtype=torch.long)
         labels = torch.full_like(ids, -100)
         for i, row in enumerate(batch):
             ids[i, : lengths[i]] = torch.as_tensor(row.input_ids)
             labels[i, row.targets] = torch.as_tensor(row.target_ids)
         inputs = {"input_ids": ids, "labels": labels}
-        if min(lengths) < max(lengths):
+        if min(lengths) < width:
             # From the lengths, never from pad ids: the pad token is often the end-of-sequence token
-            inputs["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            inputs["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
         outputs = self._forward(**inputs, fused_lm_head=True)
         # Rounding may put the probability of a certain token a last digit above 1
         q = outputs.log_probs.float().exp().clamp(max=1.0).cpu().numpy()
