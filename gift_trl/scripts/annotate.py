@@ -160,12 +160,7 @@ def _make_annotator(training_args: "GIFTConfig", model_args: "ModelConfig") -> "
         args=training_args,
         revision=revision,
         model_init_kwargs={**trust, **init_kwargs},
-        engine=training_args.annotation_engine,
-        base_url=training_args.annotation_base_url,
-        served_model_name=training_args.annotation_served_model_name,
-        concurrency=training_args.annotation_concurrency,
-        tokens_per_batch=training_args.annotation_tokens_per_batch,
-        cache_dir=training_args.annotation_cache_dir,
+        **training_args.annotation_options(),
     )
 
 

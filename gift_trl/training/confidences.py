@@ -140,11 +140,6 @@ class ConfidenceSource:
             args=args,
             revision=revision,
             formatting_func=self._formatting_func,
-            engine=args.annotation_engine,
-            base_url=args.annotation_base_url,
-            served_model_name=args.annotation_served_model_name,
-            concurrency=args.annotation_concurrency,
-            tokens_per_batch=args.annotation_tokens_per_batch,
-            cache_dir=args.annotation_cache_dir,
+            **args.annotation_options(),
             **kwargs,
         )

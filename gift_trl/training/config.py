@@ -221,3 +221,14 @@ class GIFTConfig(SFTConfig):
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         if self.annotator not in ANNOTATORS:
             raise ValueError(f"`annotator` is {self.annotator!r}; choose one of {ANNOTATORS}.")
+
+    def annotation_options(self) -> dict[str, Any]:
+        """The parameters that control the annotation, as keyword arguments of [`annotate_dataset`]."""
+        return {
+            "engine": self.annotation_engine,
+            "base_url": self.annotation_base_url,
+            "served_model_name": self.annotation_served_model_name,
+            "concurrency": self.annotation_concurrency,
+            "tokens_per_batch": self.annotation_tokens_per_batch,
+            "cache_dir": self.annotation_cache_dir,
+        }
