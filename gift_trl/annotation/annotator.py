@@ -307,7 +307,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
             return plan
         model, run = self._loaded
         with scorer_of(model, run) as scorer:
-            together(lambda: scorer.check(shortest[0]))
+            together(lambda: scorer.check(shortest[0].input_ids))
             score_rows(
                 rows,
                 names,

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import patch_environment
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import (
@@ -57,15 +59,16 @@ def check_scoring_model(instruct_model: str | PreTrainedModel, **kwargs: Any) ->
 
 
 def _is_sharded(model: PreTrainedModel) -> bool:
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     return (
         any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in model.parameters())
         # Every process but the first is given empty tensors, which look like any others
-        or (fsdp and PartialState().num_processes > 1)
+        or (_uses_fsdp() and PartialState().num_processes > 1)
     )
 
 
-def load_scoring_model(name: str, load_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+def load_scoring_model(
+    name: str, load_kwargs: dict[str, Any], *, shard: bool = False
+) -> tuple[PreTrainedModel, torch.nn.Module | None]:
     """
     Loads a model for scoring.
 
@@ -78,9 +81,12 @@ def load_scoring_model(name: str, load_kwargs: dict[str, Any]) -> tuple[PreTrain
         load_kwargs (`dict[str, Any]`):
             Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`]. Without a `dtype`, that of the
             checkpoint is used.
+        shard (`bool`, *optional*, defaults to `False`):
+            Whether each process is to hold a part under FSDP too, for a model that stays beside the one that is trained.
+            Then all of them must make their forward passes together, as under DeepSpeed ZeRO-3.
 
     Returns:
-        `tuple[PreTrainedModel, Any]`: The model, and the DeepSpeed engine that runs it or `None`.
+        `tuple[PreTrainedModel, torch.nn.Module | None]`: The model, and the DeepSpeed engine that runs it or `None`.
 
     Raises:
         `ValueError`: If the model does not fit on the GPUs of a single process.
@@ -102,8 +108,25 @@ def load_scoring_model(name: str, load_kwargs: dict[str, Any]) -> tuple[PreTrain
     if is_deepspeed_zero3_enabled():
         return model, _sharded_engine(model)
     if state.num_processes > 1 and not getattr(model, "is_quantized", False):
-        model = model.to(state.device)
+        if shard and _uses_fsdp():
+            _shard(model, state.device)
+        else:
+            model = model.to(state.device)
     return model, None
+
+
+def _uses_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def _shard(model: PreTrainedModel, device: torch.device) -> None:
+    # torch's own FSDP2, whichever version the trained model uses, and without a mixed precision policy: the confidences
+    # are those of the checkpoint's dtype
+    mesh = init_device_mesh(device.type, (PartialState().num_processes,))
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def _sharded_engine(model: PreTrainedModel) -> torch.nn.Module:

@@ -40,21 +40,21 @@ class ModelScorer:
         self.model = model
         self._run = model if run is None else run
 
-    def check(self, row: Row) -> None:
+    def check(self, input_ids: np.ndarray | torch.Tensor) -> None:
         """
-        Compares the head with the model's own logits on the first tokens of a row.
+        Compares the head with the model's own logits on the first of some tokens.
 
         The head rebuilds what the model does between its hidden states and its logits, and an architecture may do more
         there than is known.
 
         Args:
-            row ([`Row`]):
-                Any row.
+            input_ids (`np.ndarray` or `torch.Tensor` of shape `(seq_len,)`):
+                Any tokens.
 
         Raises:
             `ValueError`: If they differ by more than rounding.
         """
-        ids = torch.as_tensor(row.input_ids[None, :_CHECKED_TOKENS])
+        ids = torch.as_tensor(input_ids[None, :_CHECKED_TOKENS])
         ours = self._forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
         logits = self._forward(input_ids=ids).logits
         theirs = logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None].to(logits.device))[..., 0]
@@ -89,6 +89,24 @@ class ModelScorer:
         ids = torch.zeros((1, 2), dtype=torch.long)
         for _ in range(made, passes):
             self._forward(input_ids=ids, labels=ids, fused_lm_head=True)
+
+    def score_collated(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Scores a batch as a data collator has made it.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`):
+                `input_ids` and `labels` of shape `(batch, seq_len)`, and whatever else tells the model which tokens
+                see each other (`attention_mask`, or `position_ids` of rows without padding).
+
+        Returns:
+            `torch.Tensor` of shape `(batch, seq_len)`, float32: Probability of every token that is a target, aligned
+            with the labels; 0.0 elsewhere. On the device of the labels.
+        """
+        labels = inputs["labels"]
+        log_probs = self._forward(**inputs, fused_lm_head=True).log_probs.to(labels.device, torch.float32)
+        q = log_probs.exp().clamp(max=1.0).masked_fill(labels[:, 1:] == -100, 0.0)
+        return torch.nn.functional.pad(q, (1, 0))
 
     def _score_batch(self, batch: list[Row]) -> list[np.ndarray]:
         lengths = [len(row.input_ids) for row in batch]

@@ -11,8 +11,9 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gift_trl.lab.results import CONFIDENCE_BANDS, ScoredExample
+from gift_trl.lab.results import ScoredExample
 from gift_trl.training import GIFTConfig
+from gift_trl.training.learning_signal import CONFIDENCE_BANDS
 from gift_trl.training.weights import token_weights
 
 

@@ -6,8 +6,7 @@ from functools import cached_property
 from gift_trl.lab.evaluation import Scores
 
 
-# Edges of the bands that confidences are sorted into, as in the paper's analysis of the learning signal.
-CONFIDENCE_BANDS = (0.2, 0.8)
+# Of `CONFIDENCE_BANDS` in training/learning_signal.py
 BAND_NAMES = ("q < 0.2", "0.2–0.8", "q > 0.8")
 
 

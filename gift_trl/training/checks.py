@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.data_utils import get_dataset_column_names
@@ -20,6 +21,7 @@ from gift_trl.annotation.provenance import (
     read_provenance,
 )
 from gift_trl.annotation.tokenization import prepare_processing_class
+from gift_trl.model_pair import check_same_architecture, check_same_vocabulary, load_tokenizer
 from gift_trl.training.config import GIFTConfig
 
 
@@ -44,6 +46,7 @@ def complete_config(
 
 
 def check_supported(
+    model: "str | PreTrainedModel | PeftModel",
     args: GIFTConfig,
     compute_loss_func: Callable | None,
     peft_config: "PeftConfig | None",
@@ -67,10 +70,16 @@ def check_supported(
             "`label_smoothing_factor` is not defined for the GIFT loss, which weighs the log-probability of the "
             "reference token only. Set it to 0."
         )
-    if type(data_collator) is DataCollatorForLanguageModeling:
+    if type(data_collator) is DataCollatorForLanguageModeling and args.confidence_source == "offline":
         raise ValueError(
             "`DataCollatorForLanguageModeling` drops the `confidences` column. Pass a `DataCollatorForGIFT`, or leave "
             "`data_collator` unset."
+        )
+    has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+    if args.borrow_instruct_token_rows and not has_adapter:
+        raise ValueError(
+            "`borrow_instruct_token_rows` holds the instruct model's rows frozen, and without an adapter every weight is "
+            "trained. Pass a `peft_config` (`use_peft: true`), or unset it."
         )
     if args.packing and args.max_length is None:
         raise ValueError("Packing joins rows up to `max_length` tokens, but `max_length` is None. Set it.")
@@ -113,6 +122,31 @@ def choose_instruct_model(
             f"`instruct_model` is `{instruct_model}`, and `args.instruct_model_name_or_path` is `{named}`. Name one."
         )
     return named if instruct_model is None else instruct_model
+
+
+def choose_processing_class(
+    model: "str | PreTrainedModel | PeftModel",
+    instruct_model: str | PreTrainedModel | None,
+    args: GIFTConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run, by default the instruct model's; refuses models that do not fit together."""
+    base_kwargs = {
+        "revision": (args.model_init_kwargs or {}).get("revision"),
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if instruct_model is None:
+        return load_tokenizer(model, **base_kwargs) if processing_class is None else processing_class
+    instruct_kwargs = {"revision": args.instruct_model_revision, "trust_remote_code": args.trust_remote_code}
+    check_same_architecture(model, instruct_model, model_kwargs=base_kwargs, other_kwargs=instruct_kwargs)
+    if processing_class is None:
+        processing_class = load_tokenizer(instruct_model, **instruct_kwargs)
+    try:
+        base_tokenizer = load_tokenizer(model, **base_kwargs)
+    except ValueError:  # a base checkpoint without tokenizer files has nothing to compare
+        return processing_class
+    check_same_vocabulary(base_tokenizer, processing_class)
+    return processing_class
 
 
 def require_confidences(train_dataset: Any, eval_dataset: Any, instruct_model: Any) -> None:

@@ -20,6 +20,21 @@ _HOOKS = (
     (SFTTrainer, "evaluate", ("self", "eval_dataset", "ignore_keys", "metric_key_prefix")),
     (SFTTrainer, "log", ("self", "logs", "start_time")),
     (Trainer, "_get_num_items_in_batch", ("self", "batch_samples", "device")),
+    (
+        Trainer,
+        "_maybe_log_save_evaluate",
+        (
+            *("self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+            "learning_rate",
+        ),
+    ),
+    (
+        Trainer,
+        "evaluation_loop",
+        ("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+    ),
+    (Trainer, "save_model", ("self", "output_dir", "_internal_call")),
+    (SFTTrainer, "create_model_card", ("self", "model_name", "dataset_name", "tags")),
 )
 
 

@@ -1,9 +1,11 @@
-"""The confidences of the datasets that a trainer is given: checked if they are there, made if they are not."""
+"""The confidences of a trainer's data: checked if they are there, made if they are not, before or during training."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +15,7 @@ from trl.trainer.utils import use_adapter
 from gift_trl.annotation.annotator import Annotator
 from gift_trl.training.checks import check_annotation
 from gift_trl.training.config import GIFTConfig
+from gift_trl.training.online import OnlineConfidences
 
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 class ConfidenceSource:
     """
-    Gives every dataset of a trainer its `confidences` column.
+    Gives every dataset of a trainer its `confidences` column, or with `args.confidence_source="online"` every batch.
 
     Args:
         args ([`GIFTConfig`]):
@@ -37,6 +40,9 @@ class ConfidenceSource:
         check_tokenizer (`bool`, *optional*, defaults to `True`):
             Whether annotated data must be of this very tokenizer. Without an instruct model the base model's stands in,
             and need not have the same special tokens.
+        train_columns (`Sequence[str]`, *optional*):
+            Columns of the training data as given. Where they are raw data, their format decides for the evaluation sets
+            too whether only completions are targets, as in SFTTrainer.
     """
 
     def __init__(
@@ -48,30 +54,75 @@ class ConfidenceSource:
         formatting_func: Callable[[dict[str, Any]], str] | None,
         *,
         check_tokenizer: bool = True,
+        train_columns: Sequence[str] = (),
     ):
-        self._args = args
+        self._args = copy.copy(args)
+        if args.completion_only_loss is None and train_columns and "input_ids" not in train_columns:
+            self._args.completion_only_loss = {"prompt", "completion"} <= set(train_columns)
         self._instruct_model = instruct_model
         self._base_model = base_model
         self._processing_class = processing_class
         self._formatting_func = formatting_func
         self._check_tokenizer = check_tokenizer
         self._trained_model: PreTrainedModel | PeftModel | None = None
+        self._online: OnlineConfidences | None = None
+        scoring_model, _ = self._scoring_model()
+        if self.is_online and scoring_model is base_model and not isinstance(base_model, str):
+            raise ValueError(
+                "With `confidence_source='online'` the model that scores must stay as it is, and the one given is to be "
+                "trained. Give its name, so that it is loaded once more, or set `confidence_source` to 'offline'."
+            )
 
-    def training_starts(self, model: "PreTrainedModel | PeftModel") -> None:
+    @property
+    def is_online(self) -> bool:
+        """Whether each batch is scored as it comes."""
+        return self._args.confidence_source == "online"
+
+    def training_starts(self, model: "PreTrainedModel | PeftModel", device: torch.device) -> None:
         """
-        Says that the base model's weights are no longer its own.
+        Says that the base model's weights are no longer its own, and loads the model that scores each batch, if any.
 
         Args:
             model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
                 The model that is trained.
+            device (`torch.device`):
+                Device of this process.
         """
         self._trained_model = model
+        if not self.is_online:
+            return
+        scoring_model, revision = self._scoring_model()
+        load_kwargs = {"revision": revision, **self._load_kwargs()}
+        self._online = OnlineConfidences(scoring_model, self._processing_class, load_kwargs, device)
+
+    def score(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Confidences of a batch, with `args.confidence_source="online"`.
+
+        Args:
+            inputs (`Mapping[str, torch.Tensor]`):
+                Batch of the data collator.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, seq_len)`, float32: Confidences, aligned with the labels.
+        """
+        return self._online.score(inputs)
+
+    def _scoring_model(self) -> "tuple[str | PreTrainedModel | PeftModel | None, str | None]":
+        if self._args.annotator == "base":
+            return self._base_model, (self._args.model_init_kwargs or {}).get("revision")
+        return self._instruct_model, self._args.instruct_model_revision
+
+    def _load_kwargs(self) -> dict[str, Any]:
+        args = self._args
+        own = args.model_init_kwargs if args.annotator == "base" else args.instruct_model_init_kwargs
+        return {"trust_remote_code": args.trust_remote_code, **(own or {})}
 
     def annotate(
         self, datasets: Iterable[tuple[str, Dataset | IterableDataset | None, bool]]
     ) -> list[Dataset | IterableDataset | None]:
         """
-        Annotates datasets, or checks the confidences they have.
+        Annotates datasets, or checks the confidences they have. Leaves them alone where each batch is scored.
 
         Args:
             datasets (`Iterable[tuple[str, Dataset | IterableDataset | None, bool]]`):
@@ -83,10 +134,10 @@ class ConfidenceSource:
         Raises:
             `ValueError`: If the confidences belong to another run, or cannot be made.
         """
+        if self.is_online:
+            return [self._check_unannotated(name, dataset) for name, dataset, _ in datasets]
         args, annotated = self._args, []
-        use_base = args.annotator == "base"
-        model = self._base_model if use_base else self._instruct_model
-        revision = (args.model_init_kwargs or {}).get("revision") if use_base else args.instruct_model_revision
+        model, revision = self._scoring_model()
         with contextlib.ExitStack() as stack:
             annotator = None
             for name, dataset, packing in datasets:
@@ -111,6 +162,15 @@ class ConfidenceSource:
                 annotated.append(dataset)
         return annotated
 
+    @staticmethod
+    def _check_unannotated(name: str, dataset: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:
+        if dataset is not None and "confidences" in get_dataset_column_names(dataset):
+            raise ValueError(
+                f"The {name} dataset has `confidences`, and `confidence_source` is 'online', which would score every batch "
+                "again. Set it to 'offline', or remove the column."
+            )
+        return dataset
+
     def _annotator(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -121,8 +181,7 @@ class ConfidenceSource:
         args = self._args
         kwargs = {}
         if isinstance(model, str):
-            own = args.model_init_kwargs if args.annotator == "base" else args.instruct_model_init_kwargs
-            kwargs["model_init_kwargs"] = {"trust_remote_code": args.trust_remote_code, **(own or {})}
+            kwargs["model_init_kwargs"] = self._load_kwargs()
         elif self._trained_model is not None and model is self._base_model:
             # PEFT put its layers into the very object that was given
             model = self._trained_model

@@ -11,6 +11,7 @@ from gift_trl.annotation.annotator import ENGINES
 
 WEIGHT_NORMALIZATIONS = ("weights", "tokens", "microbatch")
 ANNOTATORS = ("instruct", "base")
+CONFIDENCE_SOURCES = ("offline", "online")
 
 
 @dataclass
@@ -41,8 +42,18 @@ class GIFTConfig(SFTConfig):
         annotator (`str`, *optional*, defaults to `"instruct"`):
             Which model scores the target tokens: `"instruct"`, or `"base"`, the model to be trained before training
             (GIFT-BaseT in the paper). Tokenizer and chat template are the instruct model's in both cases.
+        borrow_instruct_token_rows (`bool`, *optional*, defaults to `False`):
+            Whether tokens of the chat format whose rows in the base model's embedding and head look untrained (a warning
+            names them) get the instruct model's rows for the training. They are held frozen, and are no part of the
+            adapter: the merge is not affected, as the instruct model has them.
 
         > Parameters that control the annotation
+
+        confidence_source (`str`, *optional*, defaults to `"offline"`):
+            When the tokens are scored. `"offline"`: before the training, once, after which the instruct model is freed.
+            `"online"`: each batch as it comes, with the instruct model frozen beside the one that is trained, which
+            takes its memory and one of its forward passes for every step; for streams and for data that differ in
+            every epoch. Both give the same loss on the same data.
 
         annotation_engine (`str`, *optional*, defaults to `"transformers"`):
             What scores the target tokens: `"transformers"`, in the processes of the run, or `"vllm"`, a running vLLM
@@ -112,7 +123,23 @@ class GIFTConfig(SFTConfig):
         },
     )
 
+    borrow_instruct_token_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether tokens of the chat format whose rows in the base model's embedding and head look untrained "
+            "get the instruct model's rows for the training, held frozen. The merge is not affected."
+        },
+    )
+
     # Parameters that control the annotation
+    confidence_source: str = field(
+        default="offline",
+        metadata={
+            "help": "When the tokens are scored: 'offline', once before the training, or 'online', each batch as it "
+            "comes, with the instruct model frozen beside the one that is trained (for streams and augmented data).",
+            "choices": CONFIDENCE_SOURCES,
+        },
+    )
     annotation_engine: str = field(
         default="transformers",
         metadata={
@@ -221,6 +248,23 @@ class GIFTConfig(SFTConfig):
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         if self.annotator not in ANNOTATORS:
             raise ValueError(f"`annotator` is {self.annotator!r}; choose one of {ANNOTATORS}.")
+        if self.confidence_source not in CONFIDENCE_SOURCES:
+            raise ValueError(f"`confidence_source` is {self.confidence_source!r}; choose one of {CONFIDENCE_SOURCES}.")
+        if self.confidence_source == "online" and self.annotation_engine != "transformers":
+            raise ValueError(
+                f"`confidence_source='online'` scores in the processes of the run, and `annotation_engine` is "
+                f"'{self.annotation_engine}'. Set `confidence_source: offline`, or leave the engine at 'transformers'."
+            )
+        if (
+            self.confidence_source == "online"
+            and (self.packing or self.eval_packing)
+            and self.packing_strategy != "bfd"
+        ):
+            raise ValueError(
+                f"`packing_strategy='{self.packing_strategy}'` splits rows, and with `confidence_source='online'` the "
+                "second part would be scored without the first. Set `packing_strategy: bfd`, or `confidence_source: "
+                "offline`, which scores rows before they are split."
+            )
 
     def annotation_options(self) -> dict[str, Any]:
         """The parameters that control the annotation, as keyword arguments of [`annotate_dataset`]."""

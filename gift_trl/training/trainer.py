@@ -1,13 +1,13 @@
 """`GIFTSFTTrainer`: stage 2 of GIFT."""
 
-import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
 import torch
-from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from huggingface_hub import ModelCard
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -17,21 +17,16 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import EvalPrediction
-from trl import SFTTrainer, pack_dataset
+from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
+from trl.trainer.utils import get_config_model_id
 
-from gift_trl.annotation.provenance import read_provenance
-from gift_trl.annotation.tokenization import token_slice
-from gift_trl.model_pair import (
-    check_same_architecture,
-    check_same_vocabulary,
-    end_of_turn_token_ids,
-    load_tokenizer,
-)
+from gift_trl.annotation.provenance import model_name, read_provenance
+from gift_trl.model_pair import end_of_turn_token_ids
 from gift_trl.training.checks import (
     check_supported,
     choose_instruct_model,
+    choose_processing_class,
     complete_config,
     require_confidences,
 )
@@ -39,15 +34,23 @@ from gift_trl.training.compatibility import check_trl_hooks
 from gift_trl.training.confidences import ConfidenceSource
 from gift_trl.training.config import GIFTConfig
 from gift_trl.training.data_collator import DataCollatorForGIFT
+from gift_trl.training.learning_signal import LearningSignal
 from gift_trl.training.loss import weighted_loss
+from gift_trl.training.model_card import (
+    GIFT_CITATION,
+    AdapterFacts,
+    make_adapter_card,
+    may_be_replaced,
+    run_links,
+    training_settings,
+)
+from gift_trl.training.preparation import cut_confidences, pack_with_confidences
+from gift_trl.training.token_rows import check_token_rows
 from gift_trl.training.weights import token_weights
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-
-logger = get_logger(__name__)
 
 
 class GIFTSFTTrainer(SFTTrainer):
@@ -62,9 +65,10 @@ class GIFTSFTTrainer(SFTTrainer):
 
     What changes with respect to [`~trl.SFTTrainer`]: the dataset carries a `confidences` column (made here with
     [`annotate_dataset`] if it is missing), the loss is weighted by it and normalised over the whole optimizer step,
-    tokenizer and chat template default to the instruct model's, and `nll`, `gift/confidence_mean` and
-    `gift/weight_mean` are logged beside SFTTrainer's metrics. Everything else is inherited. Merge the trained adapter
-    with [`merge_adapter`].
+    tokenizer and chat template default to the instruct model's, and `nll`, `gift/confidence_mean`, `gift/weight_mean` and
+    the shares of the loss by confidence (`gift/signal_low`, `_mid`, `_high`) are logged beside SFTTrainer's metrics.
+    With `args.confidence_source="online"`, a frozen instruct model scores every batch as it comes. Everything else is
+    inherited. Merge the trained adapter with [`merge_adapter`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -107,15 +111,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     _paper = {
         "title": "GIFT: Guided Fine-Tuning and Transfer for Enhancing Instruction-Tuned Language Models",
         "id": "2605.01256",
-        "citation": (
-            "@inproceedings{gift2026,\n"
-            "    title     = {{GIFT: Guided Fine-Tuning and Transfer for Enhancing Instruction-Tuned Language Models}},\n"
-            "    booktitle = {Annual Meeting of the Association for Computational Linguistics (ACL)},\n"
-            "    year      = 2026,\n"
-            "    eprint    = {2605.01256},\n"
-            "    archivePrefix = {arXiv},\n"
-            "}"
-        ),
+        "citation": GIFT_CITATION,
     }
 
     def __init__(
@@ -145,32 +141,28 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     ):
         check_trl_hooks()
         args = complete_config(model, args)
-        check_supported(args, compute_loss_func, peft_config, processing_class, data_collator, eval_dataset)
+        check_supported(model, args, compute_loss_func, peft_config, processing_class, data_collator, eval_dataset)
         instruct_model = choose_instruct_model(instruct_model, args)
         self._instruct_model = instruct_model
         knows_tokenizer = instruct_model is not None or processing_class is not None
 
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: the data to train on.")
         require_confidences(train_dataset, eval_dataset, instruct_model)
-        base_kwargs = {
-            "revision": (args.model_init_kwargs or {}).get("revision"),
-            "trust_remote_code": args.trust_remote_code,
-        }
-        instruct_kwargs = {"revision": args.instruct_model_revision, "trust_remote_code": args.trust_remote_code}
-        if instruct_model is not None:
-            check_same_architecture(model, instruct_model, model_kwargs=base_kwargs, other_kwargs=instruct_kwargs)
-            if processing_class is None:
-                processing_class = load_tokenizer(instruct_model, **instruct_kwargs)
-            try:
-                base_tokenizer = load_tokenizer(model, **base_kwargs)
-            except ValueError:  # a base checkpoint without tokenizer files has nothing to compare
-                base_tokenizer = None
-            if base_tokenizer is not None:
-                check_same_vocabulary(base_tokenizer, processing_class)
-        elif processing_class is None:
-            processing_class = load_tokenizer(model, **base_kwargs)
-
+        if args.borrow_instruct_token_rows and instruct_model is None:
+            raise ValueError(
+                "`borrow_instruct_token_rows` is set, but there is no instruct model to borrow from. Set "
+                "`instruct_model_name_or_path`."
+            )
+        processing_class = choose_processing_class(model, instruct_model, args, processing_class)
         self._confidence_source = ConfidenceSource(
-            args, instruct_model, model, processing_class, formatting_func, check_tokenizer=knows_tokenizer
+            args,
+            instruct_model,
+            model,
+            processing_class,
+            formatting_func,
+            check_tokenizer=knows_tokenizer,
+            train_columns=get_dataset_column_names(train_dataset),
         )
         # Before the base model is loaded, so that only one of the two models is in memory at a time
         eval_sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
@@ -204,7 +196,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 "Context and sequence parallelism shard a row over several processes, and GIFT's token weights are "
                 "not sharded with it. Set `cp_size` and `sp_size` to 1; use ZeRO or FSDP to save memory."
             )
-        if data_collator is None:
+        if data_collator is None and not self._confidence_source.is_online:
             # SFTTrainer refuses a custom collator in padding-free mode, so its own is replaced by ours afterwards
             own = self.data_collator
             self.data_collator = DataCollatorForGIFT(
@@ -216,14 +208,24 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         # "microbatch" is a mean over the forward passes: dividing it by their number is left to the trainer
         self.loss_is_scaled_for_ga = args.weight_normalization != "microbatch"
 
+        instruct_kwargs = {"revision": args.instruct_model_revision, "trust_remote_code": args.trust_remote_code}
         ids = set(end_of_turn_token_ids(self._tokenizer, instruct_model, **instruct_kwargs))
-        for provenance in read_provenance(train_dataset):
+        self._provenances = read_provenance(train_dataset)
+        for provenance in self._provenances:
             ids.update(provenance.end_of_turn_token_ids)
-        self._end_of_turn_token_ids = sorted(ids)
-        # Sums over target tokens since the last log, of every process: Σq, Σw, Σℓ, their number, and the number of
-        # forward passes whose weights add up to nothing
-        self._signal = {}
-        self._confidence_source.training_starts(self.model)
+        self._end_of_turn_token_ids = torch.tensor(sorted(ids), dtype=torch.long)
+        self._signal = LearningSignal()
+        self._borrowed_tokens = []
+        if instruct_model is not None and instruct_model is not model:
+            self._borrowed_tokens = check_token_rows(
+                self.model,
+                instruct_model,
+                self._tokenizer,
+                self.train_dataset,
+                revision=args.instruct_model_revision,
+                borrow=args.borrow_instruct_token_rows,
+            )
+        self._confidence_source.training_starts(self.model, self.accelerator.device)
 
     def _prepare_dataset(
         self,
@@ -236,34 +238,15 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     ) -> Dataset | IterableDataset:
         if "seq_lengths" in get_dataset_column_names(dataset):
             return dataset  # evaluating a dictionary of sets comes by twice, and packed rows are not packed again
-        map_kwargs = {}
-        if isinstance(dataset, Dataset):  # IterableDataset.map knows neither
-            map_kwargs = {
-                "num_proc": args.dataset_num_proc,
-                "desc": f"Truncating confidences of {dataset_name} dataset",
-            }
+        if self._confidence_source.is_online:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # SFTTrainer truncates `input_ids` and `labels` only, and packing keeps only these two: the confidences are cut
-        # here alike, and packed here with TRL's own `pack_dataset`
-        sft_args = copy.copy(args)
-        sft_args.shuffle_dataset = False
-        if packing or _is_cut(dataset, args.max_length):
-            sft_args.max_length = None
-        elif args.max_length is not None:
-            kept = token_slice(args)
-            with global_then_local_main_first():
-                dataset = dataset.map(lambda row: {"confidences": row["confidences"][kept]}, **map_kwargs)
+        # and packed here alike
+        dataset, sft_args = cut_confidences(dataset, args, packing=packing, dataset_name=dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, sft_args, False, None, dataset_name)
         if packing:
-            dataset = dataset.select_columns(["input_ids", "labels", "confidences"])
-            if args.shuffle_dataset:
-                dataset = dataset.shuffle(seed=args.seed)
-            if map_kwargs:
-                map_kwargs["desc"] = f"Packing {dataset_name} dataset"
-            with global_then_local_main_first():
-                dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
-        if args.shuffle_dataset:
-            dataset = dataset.shuffle(seed=args.seed)
-        return dataset
+            dataset = pack_with_confidences(dataset, args, dataset_name=dataset_name)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -281,7 +264,6 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        self._signal.pop("eval", None)  # what a `predict` has left
         # A dataset given here is annotated like those given at construction; a name selects one of those
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             require_confidences(None, eval_dataset, self._instruct_model)
@@ -293,12 +275,16 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 (eval_dataset,) = self._confidence_source.annotate([(metric_key_prefix, eval_dataset, packing)])
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
-    def _batch_weights(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _batch_weights(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "confidences" not in inputs and self._confidence_source.is_online:
+            # Kept in the batch: the denominator of a step needs them before its first loss
+            inputs["confidences"] = self._confidence_source.score(inputs)
         if "confidences" not in inputs:
             raise ValueError(
                 "The batch has no `confidences`, so there is nothing to weigh the loss with. Let the data collator "
                 "keep them: use or extend `gift_trl.training.DataCollatorForGIFT`."
             )
+        self._end_of_turn_token_ids = self._end_of_turn_token_ids.to(inputs["labels"].device)
         return token_weights(
             inputs["confidences"],
             inputs["labels"],
@@ -361,34 +347,62 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
-        with torch.no_grad():
-            sums = [q[mask].sum(), weights.sum(), -outputs.log_probs.sum(), mask.sum(), empty]
-            # Reduced without waiting for the device; read when they are logged
-            sums = self.accelerator.reduce(torch.stack([s.to(torch.float32) for s in sums]))
         mode = "train" if self.model.training else "eval"
-        self._signal[mode] = self._signal.get(mode, 0.0) + sums
+        self._signal.add(mode, q, weights, -outputs.log_probs.detach(), mask, empty)
         return (loss, result[1]) if return_outputs else loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.control.should_log:
+            self._signal.gather("train", self.accelerator)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._signal.clear("eval")
+        output = super().evaluation_loop(*args, **kwargs)
+        self._signal.gather("eval", self.accelerator)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        sums = self._signal.pop(mode, None)
-        if sums is not None:
-            confidence, weight, nll, tokens, empty = sums.tolist()
-            if tokens > 0:
-                self._metrics[mode]["nll"].append(nll / tokens)
-                self._metrics[mode]["gift/confidence_mean"].append(confidence / tokens)
-                self._metrics[mode]["gift/weight_mean"].append(weight / tokens)
-            if empty > 0:
-                logger.warning_once(
-                    "At least one batch had no weight at all and taught nothing. Raise `confidence_floor`, or check "
-                    "that the rows have target tokens."
-                )
+        for name, value in self._signal.take(mode).items():
+            self._metrics[mode][name].append(value)
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        replace = may_be_replaced(card)
+        super().save_model(output_dir, _internal_call)
+        # PEFT has written a card of placeholders, with the base model's folder in it
+        if replace and self.is_world_process_zero() and card.exists():
+            self._make_card(self._card_name()).save(card)
 
-def _is_cut(dataset: Dataset | IterableDataset, max_length: int | None) -> bool:
-    """Whether no row is longer, as after an annotation with the same length; found without reading the tokens."""
-    if not isinstance(dataset, Dataset) or max_length is None or len(dataset) == 0:
-        return False
-    lengths = pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"])
-    return pc.max(lengths).as_py() <= max_length
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        if self.is_world_process_zero():
+            card = self._make_card(model_name or self._card_name(), dataset_name, tags)
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def _card_name(self) -> str:
+        return (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
+
+    def _make_card(self, name: str, dataset_name: str | None = None, tags: str | list[str] | None = None) -> ModelCard:
+        instruct = self._instruct_model
+        peft_config = self.model.active_peft_config if is_peft_model(self.model) else None
+        return make_adapter_card(
+            AdapterFacts(
+                name=name,
+                base_model=get_config_model_id(self.model.config),
+                instruct_model=instruct if instruct is None or isinstance(instruct, str) else model_name(instruct),
+                dataset=dataset_name,
+                is_adapter=peft_config is not None,
+                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+                settings=training_settings(
+                    self.args, self.accelerator.num_processes, peft_config, self._provenances, self._borrowed_tokens
+                ),
+                links=run_links(),
+            )
+        )

@@ -12,7 +12,7 @@ def token_weights(
     exponent: float = 1.0,
     floor: float = 1e-4,
     eos_confidence: float | None = 1.0,
-    end_of_turn_token_ids: Sequence[int] = (),
+    end_of_turn_token_ids: Sequence[int] | torch.Tensor = (),
 ) -> torch.Tensor:
     """
     Weight of every token that the model predicts: `w_t = max(q_t, floor) ** exponent`.
@@ -31,8 +31,8 @@ def token_weights(
             Smallest confidence before the exponent is applied.
         eos_confidence (`float` or `None`, *optional*, defaults to `1.0`):
             Confidence of the tokens that end a turn. `None` keeps theirs.
-        end_of_turn_token_ids (`Sequence[int]`, *optional*):
-            Token ids that end a turn.
+        end_of_turn_token_ids (`Sequence[int]` or `torch.Tensor`, *optional*):
+            Token ids that end a turn. A tensor on the device of the labels is not copied there.
 
     Returns:
         `torch.Tensor` of shape `(batch, seq_len - 1)`, float32: Entry `t` weighs the prediction of token `t + 1`; 0.0
@@ -40,7 +40,7 @@ def token_weights(
     """
     confidences, labels = confidences[:, 1:], labels[:, 1:]
     if eos_confidence is not None and len(end_of_turn_token_ids) > 0:
-        ends = torch.isin(labels, torch.tensor(end_of_turn_token_ids, device=labels.device))
+        ends = torch.isin(labels, torch.as_tensor(end_of_turn_token_ids, device=labels.device))
         confidences = confidences.masked_fill(ends, eos_confidence)
     weights = confidences.clamp(min=floor).pow(exponent)
     return weights.masked_fill(labels == -100, 0.0)

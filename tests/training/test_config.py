@@ -42,7 +42,7 @@ def test_init_kwargs_may_be_given_as_json(tmp_path):
 
 def test_help_of_every_own_field_says_what_the_docstring_says():
     own = set(GIFTConfig.__dataclass_fields__) - set(GIFTConfig.__mro__[1].__dataclass_fields__)
-    assert len(own) == 14
+    assert len(own) == 16
     for name in own:
         assert GIFTConfig.__dataclass_fields__[name].metadata["help"]
         assert f"        {name} (`" in GIFTConfig.__doc__

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from accelerate import Accelerator
+
+from gift_trl import GIFTSFTTrainer, annotate_dataset
+from gift_trl.training.learning_signal import LearningSignal
+
+
+def test_shares_by_confidence():
+    # One token in each band, the edges belonging to the middle; the last one is no target
+    q = torch.tensor([[0.1, 0.2, 0.8, 0.9, 0.05]])
+    weights = torch.tensor([[0.1, 0.2, 0.8, 0.9, 0.0]])
+    losses = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    signal = LearningSignal()
+    for _ in range(2):  # two forward passes between two logs
+        signal.add("train", q, weights, losses, mask, torch.tensor(False))
+    signal.gather("train", Accelerator(cpu=True))
+    total = 0.4 + 0.6 + 1.6 + 0.9
+    assert signal.take("train") == pytest.approx(
+        {
+            "nll": 2.5,
+            "gift/confidence_mean": 0.5,
+            "gift/weight_mean": 0.5,
+            "gift/signal_low": 0.4 / total,
+            "gift/signal_mid": 2.2 / total,
+            "gift/signal_high": 0.9 / total,
+        },
+        rel=1e-6,
+    )
+    assert signal.take("train") == {}
+
+
+def test_counts_do_not_stop_growing():
+    # 2^24 + 1 is no float32
+    signal = LearningSignal()
+    ones = torch.ones(1, 2**22)
+    for _ in range(4):
+        signal.add("eval", ones, ones, ones, ones.bool(), torch.tensor(False))
+    one = torch.ones(1, 1)
+    signal.add("eval", one, one, 3 * one, one.bool(), torch.tensor(False))
+    signal.gather("eval", Accelerator(cpu=True))
+    assert signal.take("eval")["nll"] == (2**24 + 3) / (2**24 + 1)
+
+
+def test_metrics_equal_a_count_over_the_tokens(pair, conversations, config, run):
+    # Two accumulation steps and two optimizer steps between two logs, at learning rate 0
+    trainer = run(
+        config(
+            max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2, learning_rate=0.0
+        ),
+        conversations,
+        eval_dataset=conversations,
+    )
+    entry = trainer.state.log_history[0]
+    metrics = trainer.evaluate()
+    model = trainer.model.double().eval()
+    sums = {"low": 0.0, "mid": 0.0, "high": 0.0}
+    for row in annotate_dataset(conversations, pair[1]):
+        with torch.no_grad():
+            log_probs = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for t, (label, q) in enumerate(zip(row["labels"], row["confidences"], strict=True)):
+            if label != -100:
+                weight = 1.0 if label == 2 else max(q, 1e-4)
+                band = "low" if q < 0.2 else "high" if q > 0.8 else "mid"
+                sums[band] -= weight * log_probs[t - 1, label].item()
+    total = sum(sums.values())
+    for band, share in sums.items():
+        assert entry[f"gift/signal_{band}"] == pytest.approx(share / total, rel=1e-5), band
+        assert metrics[f"eval_gift/signal_{band}"] == pytest.approx(share / total, rel=1e-5), band
+
+
+def test_nothing_is_exchanged_between_logs(pair, conversations, config, lora, monkeypatch):
+    # The sums of a forward pass stay where they are until they are logged
+    calls = []
+    reduce = Accelerator.reduce
+    monkeypatch.setattr(Accelerator, "reduce", lambda *args, **kwargs: calls.append(1) or reduce(*args, **kwargs))
+    args = config(max_steps=4, per_device_train_batch_size=2, logging_steps=4)
+    GIFTSFTTrainer(pair[0], args, train_dataset=conversations, peft_config=lora).train()
+    assert len(calls) == 1
+
+
+def test_a_step_without_weight_teaches_nothing_and_warns_once(pair, conversations, config, run, caplog):
+    annotated = annotate_dataset(conversations, pair[1])
+    zeros = annotated.map(lambda row: {"confidences": [0.0] * len(row["input_ids"])})
+    trainer = run(config(confidence_floor=0.0, eos_confidence=None, max_steps=3), zeros)
+    assert [entry["loss"] for entry in trainer.state.log_history[:3]] == [0.0] * 3
+    assert all(not gradient.any() for gradient in trainer.recorder.gradients.values())
+    assert caplog.text.count("had no weight at all and taught nothing") == 1
