@@ -1,9 +1,11 @@
 """What a GIFT run refuses, before a model is loaded."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from accelerate import ParallelismConfig
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -64,6 +66,14 @@ def check_supported(
         raise ValueError(
             "`loss_type='dft'` weighs tokens by the trained model's own probability, GIFT by the instruct model's. "
             "Leave `loss_type` unset for GIFT, or use `SFTTrainer` for DFT."
+        )
+    parallelism = args.parallelism_config
+    if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        parallelism = ParallelismConfig()  # what `accelerate launch` says
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Context and sequence parallelism shard a row over several processes, and GIFT's token weights are not "
+            "sharded with it. Set `cp_size` and `sp_size` to 1; use ZeRO or FSDP to save memory."
         )
     if args.label_smoothing_factor > 0:
         raise ValueError(

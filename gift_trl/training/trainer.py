@@ -190,12 +190,6 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             peft_config=peft_config,
         )
 
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "Context and sequence parallelism shard a row over several processes, and GIFT's token weights are "
-                "not sharded with it. Set `cp_size` and `sp_size` to 1; use ZeRO or FSDP to save memory."
-            )
         if data_collator is None and not self._confidence_source.is_online:
             # SFTTrainer refuses a custom collator in padding-free mode, so its own is replaced by ours afterwards
             own = self.data_collator

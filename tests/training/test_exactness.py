@@ -12,6 +12,21 @@ from gift_trl import annotate_dataset
 
 
 END_OF_TURN = 2  # <|end|>
+# Long texts round to more than 1e-6 in float32, whatever the loss; in float64 only the confidences are rounded
+DOUBLE = {"dtype": torch.float64}
+
+
+def score(pair, rows):
+    """The rows with the instruct model's probability of each token, from whole logits of one row at a time."""
+    instruct = AutoModelForCausalLM.from_pretrained(pair[1]).double().eval()
+    scored = []
+    for row in rows:
+        ids = row["input_ids"]
+        with torch.no_grad():
+            probabilities = instruct(input_ids=torch.tensor([ids])).logits[0].softmax(-1)
+        q = [0.0, *(probabilities[t - 1, ids[t]].item() for t in range(1, len(ids)))]
+        scored.append({"input_ids": ids, "labels": row["labels"], "q": q})
+    return scored
 
 
 def reference(pair, lora, rows, state_dict, *, exponent, eos, normalization, cuts):
@@ -20,19 +35,15 @@ def reference(pair, lora, rows, state_dict, *, exponent, eos, normalization, cut
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), copy.deepcopy(lora)).double()
     model.load_state_dict({name: value.double() for name, value in state_dict.items()}, strict=False)
     model.train()
-    instruct = AutoModelForCausalLM.from_pretrained(pair[1]).double().eval()
     terms = []
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]])
-        with torch.no_grad():
-            q = instruct(input_ids=ids).logits[0].softmax(-1)
-        p = model(input_ids=ids).logits[0].log_softmax(-1)
+    for row in rows if "q" in rows[0] else score(pair, rows):
+        p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
         row_terms = []
         for t in range(1, len(row["input_ids"])):
             label = row["labels"][t]
             if label == -100:
                 continue
-            confidence = eos if label == END_OF_TURN and eos is not None else q[t - 1, label].item()
+            confidence = eos if label == END_OF_TURN and eos is not None else row["q"][t]
             row_terms.append((max(confidence, 1e-4) ** exponent, -p[t - 1, label]))
         terms.append(row_terms)
     if normalization == "microbatch":
@@ -85,6 +96,66 @@ def test_packed_rows_weigh_as_apart(pair, conversations, lora, config, run, rela
     trainer = run(args, conversations)
     assert len(trainer.train_dataset) < len(conversations)
     rows = annotate_dataset(conversations, pair[1], args=args).to_list()
+    options = {"exponent": 1.0, "eos": 1.0, "normalization": "weights", "cuts": 8}
+    loss, gradients = reference(pair, lora, rows, trainer.recorder.state_dict, **options)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert relative_difference(trainer.recorder.gradients, gradients) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+@pytest.mark.parametrize("normalization", ["weights", "tokens"])
+def test_split_rows_keep_the_confidences_of_whole_ones(
+    pair, conversations, lora, config, run, relative_difference, strategy, normalization
+):
+    length = 24
+    args = config(
+        model_init_kwargs=DOUBLE,
+        packing=True,
+        packing_strategy=strategy,
+        max_length=length,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=8,  # more than there are batches: one step over all of them
+        weight_normalization=normalization,
+    )
+    trainer = run(args, conversations)
+    assert trainer.state.global_step == 1
+    whole = score(pair, annotate_dataset(conversations, pair[1]).to_list())
+    assert max(len(row["q"]) for row in whole) > length
+    if strategy == "wrapped":  # one text, cut anywhere; the first token of a row is predicted by the row before it
+        whole = [{name: [value for row in whole for value in row[name]] for name in whole[0]}]
+    parts = [
+        {name: values[i : i + length] for name, values in row.items()}
+        for row in whole
+        for i in range(0, len(row["q"]), length)
+    ]
+    options = {"exponent": 1.0, "eos": 1.0, "normalization": normalization, "cuts": len(parts)}
+    loss, gradients = reference(pair, lora, parts, trainer.recorder.state_dict, **options)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert relative_difference(trainer.recorder.gradients, gradients) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("masks", "settings"),
+    [
+        ("completion", {"padding_free": True, "max_length": None}),
+        ("completion", {"completion_only_loss": False}),
+        ("assistant", {"assistant_only_loss": True}),
+        ("none", {}),
+        ("completion", {"max_length": 24}),
+    ],
+    ids=["padding-free", "prompts too", "assistant", "messages", "truncated"],
+)
+def test_masks(pair, conversations, lora, config, run, relative_difference, masks, settings):
+    dataset = conversations
+    if masks != "completion":
+        dataset = conversations.map(
+            lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=conversations.column_names
+        )
+    args = config(per_device_train_batch_size=4, gradient_accumulation_steps=2, model_init_kwargs=DOUBLE, **settings)
+    trainer = run(args, dataset)
+    rows = trainer.train_dataset.to_list()
+    masked = any(label == -100 for row in rows for label in row["labels"])
+    assert masked == (masks != "none" and settings.get("completion_only_loss") is None)
     options = {"exponent": 1.0, "eos": 1.0, "normalization": "weights", "cuts": 8}
     loss, gradients = reference(pair, lora, rows, trainer.recorder.state_dict, **options)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)

@@ -225,6 +225,26 @@ def test_what_has_no_meaning_for_gift_is_refused(pair, config, conversations, se
         construct(pair, config, conversations, args=config(**settings), **kwargs)
 
 
+@pytest.mark.parametrize("size", ["CP", "SP"])
+def test_rows_are_not_sharded_over_processes(pair, config, conversations, monkeypatch, size, no_weights):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}_SIZE", "2")
+    with pytest.raises(ValueError, match="Context and sequence parallelism shard a row"):
+        construct(pair, config, conversations)
+
+
+def test_evaluation_sets_are_masked_as_the_training_data(pair, config, conversations, lora):
+    # As in SFTTrainer: language modeling data makes every token of a prompt-completion set a target
+    chats = conversations.map(
+        lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=conversations.column_names
+    )
+    trainer = construct(pair, config, chats, eval_dataset=conversations, peft_config=lora)
+    alone = construct(pair, config, conversations, eval_dataset=conversations, peft_config=lora)
+    assert all(-100 not in row for row in trainer.eval_dataset["labels"])
+    assert all(-100 in row for row in alone.eval_dataset["labels"])
+    assert trainer.evaluate(conversations)["eval_nll"] == pytest.approx(trainer.evaluate()["eval_nll"], rel=1e-6)
+
+
 def test_a_collator_that_drops_confidences_is_refused(pair, config, conversations, lora):
     with pytest.raises(ValueError, match="drops the `confidences` column"):
         construct(pair, config, conversations, data_collator=DataCollatorForLanguageModeling(pad_token_id=0))
