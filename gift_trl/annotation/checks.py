@@ -24,8 +24,9 @@ def check_dataset(dataset: Any, dataset_name: str) -> None:
     """Refuses what is no table of rows to be annotated."""
     if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"The {dataset_name} dataset is an `IterableDataset`, which cannot be scored ahead of training. Materialise it "
-            "as a `datasets.Dataset` (for example by loading it without streaming)."
+            f"The {dataset_name} dataset is an `IterableDataset`, which cannot be scored ahead of training. Load it "
+            "without streaming, as a `datasets.Dataset`, or train with `confidence_source: online`, which scores each batch "
+            "as it comes."
         )
     if not isinstance(dataset, Dataset):
         raise TypeError(

@@ -9,6 +9,7 @@ from accelerate import ParallelismConfig
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -28,7 +29,7 @@ from gift_trl.training.config import GIFTConfig
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
 
 logger = get_logger(__name__)
@@ -51,7 +52,7 @@ def check_supported(
     model: "str | PreTrainedModel | PeftModel",
     args: GIFTConfig,
     compute_loss_func: Callable | None,
-    peft_config: "PeftConfig | None",
+    peft_config: PeftConfig | None,
     processing_class: Any,
     data_collator: Any,
     eval_dataset: Any,
@@ -84,6 +85,10 @@ def check_supported(
         raise ValueError(
             "`DataCollatorForLanguageModeling` drops the `confidences` column. Pass a `DataCollatorForGIFT`, or leave "
             "`data_collator` unset."
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` is a `{type(peft_config).__name__}`. Give a `peft.PeftConfig`, such as `peft.LoraConfig`."
         )
     has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if args.borrow_instruct_token_rows and not has_adapter:

@@ -41,8 +41,8 @@ class ConfidenceSource:
             Whether annotated data must be of this very tokenizer. Without an instruct model the base model's stands in,
             and need not have the same special tokens.
         train_columns (`Sequence[str]`, *optional*):
-            Columns of the training data as given. Where they are raw data, their format decides for the evaluation sets
-            too whether only completions are targets, as in SFTTrainer.
+            Columns of the training data as given, which decide for the evaluation sets too whether only completions are
+            targets, as in SFTTrainer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ConfidenceSource:
         train_columns: Sequence[str] = (),
     ):
         self._args = copy.copy(args)
-        if args.completion_only_loss is None and train_columns and "input_ids" not in train_columns:
+        if args.completion_only_loss is None and train_columns:
             self._args.completion_only_loss = {"prompt", "completion"} <= set(train_columns)
         self._instruct_model = instruct_model
         self._base_model = base_model

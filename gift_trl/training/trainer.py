@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
@@ -146,8 +146,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         self._instruct_model = instruct_model
         knows_tokenizer = instruct_model is not None or processing_class is not None
 
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required: the data to train on.")
+        if not isinstance(train_dataset, (Dataset, IterableDataset)):
+            raise TypeError(
+                f"`train_dataset` is a `{type(train_dataset).__name__}`. Give a `Dataset` or `IterableDataset`: one split "
+                "of a `DatasetDict`, or `Dataset.from_list(rows)`."
+            )
         require_confidences(train_dataset, eval_dataset, instruct_model)
         if args.borrow_instruct_token_rows and instruct_model is None:
             raise ValueError(
@@ -268,6 +271,19 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             else:
                 (eval_dataset,) = self._confidence_source.annotate([(metric_key_prefix, eval_dataset, packing)])
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        # Predictions belong to rows: none is left out, and none is cut, as if the rows were to be packed
+        require_confidences(None, {metric_key_prefix: test_dataset}, self._instruct_model)
+        (annotated,) = self._confidence_source.annotate([(metric_key_prefix, test_dataset, True)])
+        if isinstance(annotated, Dataset) and len(annotated) < len(test_dataset):
+            raise ValueError(
+                f"{len(test_dataset) - len(annotated)} rows have no token to predict, and would be missing from the "
+                "predictions. Leave them out of `test_dataset`."
+            )
+        return super().predict(annotated, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def _batch_weights(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if "confidences" not in inputs and self._confidence_source.is_online:

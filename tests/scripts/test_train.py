@@ -123,6 +123,14 @@ def test_mixtures_are_split_alike_every_time(tmp_path, recipe):
     assert len(whole) == 8
 
 
+def test_a_stream_is_scored_online(recipe, tmp_path, fails):
+    settings = {"dataset_streaming": True, "num_train_epochs": None, "max_steps": 2, "merge_output_dir": None}
+    assert "confidence_source: online" in fails(train.main, "--config", recipe(**settings))
+    train.main(["--config", recipe(**settings, confidence_source="online")])
+    state = json.loads((tmp_path / "adapter" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert 0 < state["log_history"][0]["gift/confidence_mean"] < 1
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(recipe, tmp_path):
     """DDP: 2 processes × 2 rows equal 1 process × 4 rows, annotation included."""

@@ -1,11 +1,22 @@
 """Helpers of the training tests."""
 
+import gc
+
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from gift_trl import GIFTConfig, GIFTSFTTrainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collection():
+    """The trainer collects garbage at every start, half of the time of these tests: what is imported is no garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -47,7 +47,11 @@ def test_metrics_equal_a_count_over_the_tokens(pair, conversations, config, run)
     # Two accumulation steps and two optimizer steps between two logs, at learning rate 0
     trainer = run(
         config(
-            max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2, learning_rate=0.0
+            max_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=2,
+            learning_rate=0.0,
         ),
         conversations,
         eval_dataset=conversations,

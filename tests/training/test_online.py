@@ -32,7 +32,9 @@ def test_online_trains_as_offline(conversations, config, run, relative_differenc
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
-def test_online_scores_streams_and_evaluation_sets(pair, conversations, config, run, adapter_weights, relative_difference):
+def test_online_scores_streams_and_evaluation_sets(
+    pair, conversations, config, run, adapter_weights, relative_difference
+):
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
     # A stream is read in order; so is this set
     offline = run(

@@ -37,7 +37,9 @@ def make_equal(weight):
 
 
 def construct(base, config, dataset, lora, instruct=None, **settings):
-    trainer = GIFTSFTTrainer(base, config(**settings), train_dataset=dataset, peft_config=lora, instruct_model=instruct)
+    trainer = GIFTSFTTrainer(
+        base, config(**settings), train_dataset=dataset, peft_config=lora, instruct_model=instruct
+    )
     model = trainer.model.get_base_model()
     return trainer, model.model.embed_tokens.weight, model.lm_head.weight
 
@@ -68,7 +70,9 @@ def test_untrained_rows_are_warned_of_and_borrowed(
         assert torch.equal(weight, expected), name
     # and they are no part of the adapter, which is merged into a model that has them
     trainer.save_model(tmp_path / "adapter")
-    assert not any("embed" in name or "head" in name for name in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    assert not any(
+        "embed" in name or "head" in name for name in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    )
     assert "| instruct model's embedding rows | `<\\|start\\|>`, `<\\|end\\|>` |" in (
         tmp_path / "adapter/README.md"
     ).read_text(encoding="utf-8")
@@ -82,7 +86,9 @@ def test_trained_rows_are_left_alone(pair, conversations, config, lora, caplog):
     assert torch.equal(embedding, own)
 
 
-def test_rows_that_the_instruct_model_has_not_trained_either_are_no_matter(conversations, config, lora, untrained, caplog):
+def test_rows_that_the_instruct_model_has_not_trained_either_are_no_matter(
+    conversations, config, lora, untrained, caplog
+):
     base = untrained(shrink)
     construct(base, config, conversations, lora, instruct_model_name_or_path=base)
     assert "look untrained" not in caplog.text

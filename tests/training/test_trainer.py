@@ -183,6 +183,25 @@ def test_a_prediction_leaves_nothing_behind(pair, config, conversations, lora):
     assert trainer.evaluate(conversations.select([0]))["eval_nll"] == before
 
 
+@pytest.mark.filterwarnings("ignore:.*logits.*:FutureWarning")
+def test_a_prediction_annotates_too(pair, config, conversations, lora):
+    # Longer than `max_length`, and every row is there
+    whole = construct(pair, config, conversations, peft_config=lora).train_dataset.remove_columns("confidences")
+    trainer = construct(pair, config, conversations, args=config(max_length=24), peft_config=lora)
+    assert trainer.predict(whole).predictions.shape[:2] == (8, max(map(len, whole["input_ids"])))
+    unlabelled = whole.map(lambda row, i: {"labels": [-100] * len(row["labels"])} if i == 3 else {}, with_indices=True)
+    with pytest.raises(ValueError, match="1 rows have no token to predict"):
+        trainer.predict(unlabelled)
+
+
+def test_arguments_of_a_wrong_type(pair, config, conversations):
+    with pytest.raises(TypeError, match="`peft_config` is a `dict`"):
+        construct(pair, config, conversations, peft_config={"r": 4})
+    for dataset in (None, conversations.to_list()):
+        with pytest.raises(TypeError, match=f"`train_dataset` is a `{type(dataset).__name__}`"):
+            construct(pair, config, dataset)
+
+
 def test_models_that_do_not_fit_are_refused(pair, config, conversations, tmp_path, make_model, no_weights):
     for name, overrides, message in (
         ("narrow", {"hidden_size": 16}, r"differ in hidden_size \(32 against 16\)"),
