@@ -1,6 +1,5 @@
 """`gift-trl train`: annotate if needed, train the adapter, save it, merge it."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +109,11 @@ def base_model_init_kwargs(model_args: "ModelConfig", training_args: "GIFTConfig
 def _check_recipe(
     training_args: "GIFTConfig", model_args: "ModelConfig", merge_args: "MergeArguments"
 ) -> bool | str | None:
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config
 
     from gift_trl.checkpoints import check_output_folder
     from gift_trl.merging.adapter import unsupported_settings
+    from gift_trl.training.resume import last_complete_checkpoint
 
     if model_args.model_name_or_path is None:
         raise ValueError("Nothing says which model to train: set `model_name_or_path` to the base model.")
@@ -139,12 +138,8 @@ def _check_recipe(
     resume = training_args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
-    output_dir = training_args.output_dir
-    if resume is True and (not os.path.isdir(output_dir) or get_last_checkpoint(output_dir) is None):
-        raise ValueError(
-            f"`resume_from_checkpoint` is set, but `{output_dir}` holds no checkpoint. Unset it, or set "
-            "`output_dir` to the folder of the interrupted run."
-        )
+    if resume is True:  # found now, before any long work
+        resume = last_complete_checkpoint(training_args.output_dir, training_args.world_size)
     return resume
 
 

@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalPrediction, PredictionOutput
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
@@ -45,6 +45,7 @@ from gift_trl.training.model_card import (
     training_settings,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
+from gift_trl.training.resume import last_complete_checkpoint
 from gift_trl.training.token_rows import check_token_rows
 from gift_trl.training.weights import token_weights
 
@@ -244,6 +245,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         if packing:
             dataset = pack_with_confidences(dataset, args, dataset_name=dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
