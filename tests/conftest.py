@@ -138,3 +138,16 @@ def make_model(tokenizer):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def relative_difference():
+    """Relative L2 distance of two sets of tensors, in float64."""
+
+    def measure(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+        assert found.keys() == expected.keys()
+        a = torch.cat([found[name].double().flatten() for name in expected])
+        b = torch.cat([expected[name].double().flatten() for name in expected])
+        return ((a - b).norm() / b.norm()).item()
+
+    return measure

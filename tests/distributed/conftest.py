@@ -17,6 +17,7 @@ import torch
 import training_worker
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from gift_trl.annotation import annotate_dataset, save_annotated_dataset
@@ -147,23 +148,16 @@ def launcher(tmp_path_factory, pair, conversations) -> Launcher:
     args = SFTConfig(str(folder), bf16=False, use_cpu=True)
     annotated = annotate_dataset(Dataset.from_list(rows), pair[1], args=args, cache_dir=str(folder / "cache"))
     save_annotated_dataset(annotated, folder / "annotated")
+    untrained = AutoModelForCausalLM.from_pretrained(pair[0])
+    with torch.no_grad():
+        untrained.get_input_embeddings().weight[[1, 2]] *= 1e-3
+        untrained.get_output_embeddings().weight[[1, 2]] *= 1e-3
+    untrained.save_pretrained(folder / "untrained")
     settings = {
         "base": pair[0],
+        "untrained": str(folder / "untrained"),
         "instruct": pair[1],
         "data": str(folder / "data.jsonl"),
         "annotated": str(folder / "annotated"),
     }
     return Launcher(folder, settings)
-
-
-def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Relative L2 distance of two sets of tensors, in float64."""
-    assert found.keys() == expected.keys()
-    a = torch.cat([found[name].double().flatten() for name in expected])
-    b = torch.cat([expected[name].double().flatten() for name in expected])
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture(name="relative_difference")
-def relative_difference_fixture():
-    return relative_difference

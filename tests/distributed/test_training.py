@@ -41,7 +41,11 @@ def resumable(name: str, **args) -> dict:
 @pytest.fixture(scope="session")
 def reference(launcher):
     """One process with batches of four rows."""
-    return launcher.run("single", "single", [*common(4), {"name": "adam", **batch(4, optim="adamw_torch")}])
+    runs = [
+        {"name": "adam", **batch(4, optim="adamw_torch")},
+        {"name": "borrowed", "untrained": True, **batch(4, borrow_instruct_token_rows=True)},
+    ]
+    return launcher.run("single", "single", [*common(4), *runs])
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +68,7 @@ def launched(launcher):
             checkpoint = launcher.folder / config / "uninterrupted" / "checkpoint-2"
             runs += [
                 {"name": "online", **batch(2, confidence_source="online")},
+                {"name": "borrowed", "untrained": True, **batch(2, borrow_instruct_token_rows=True)},
                 {"name": "own mean", **batch(2, average_tokens_across_devices=False)},
                 {"name": "microbatch", **batch(2, weight_normalization="microbatch", gradient_accumulation_steps=2)},
                 resumable("uninterrupted"),
@@ -128,6 +133,23 @@ def test_an_online_instruct_model_gives_the_same_adapter(reference, launched, re
     run = launched(config)["online"]
     check_distribution(run.facts, config)
     assert relative_difference(run.final, reference["plain"].final) < 1e-6
+    # It is shared out as the trained model is
+    whole = config == "ddp"
+    assert run.facts["scoring_parameters_sharded"] == (0 if whole else run.facts["scoring_parameters"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", RESUMED)
+def test_borrowed_rows_reach_every_process(pair, reference, launched, relative_difference, config):
+    run, instruct = launched(config)["borrowed"], AutoModelForCausalLM.from_pretrained(pair[1])
+    rows = [
+        w[[1, 2]].tolist() for w in (instruct.get_input_embeddings().weight, instruct.get_output_embeddings().weight)
+    ]
+    for found in (run, reference["borrowed"]):
+        assert found.facts["chat_rows"] == [*rows[0], *rows[1]]
+    assert run.facts["chat_rows"] != launched(config)["plain"].facts["chat_rows"]
+    check_distribution(run.facts, config)
+    assert relative_difference(run.final, reference["borrowed"].final) < 1e-6
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """
 Trains in the processes of a launcher, one run after another: `accelerate launch ... training_worker.py SETTINGS.json`.
 
-Settings: `base`, `instruct`, `data` (JSON lines), `annotated` (folder), `output`, `device`, `fsdp_on_cpu`, `runs`. Each run has a `name`
-and may have `args` (of `GIFTConfig`), `annotated` (train on that folder), `dropout` (of the adapter) and `sleep_at` (the
+Settings: `base`, `untrained`, `instruct`, `data` (JSON lines), `annotated` (folder), `output`, `device`, `fsdp_on_cpu`, `runs`. Each run has a `name`
+and may have `args` (of `GIFTConfig`), `annotated` (train on that folder), `untrained` (train that model), `dropout` (of the adapter) and `sleep_at` (the
 number of optimizer steps after which it waits to be killed). It leaves in `output/name`: the adapter as it is saved,
 `initial.safetensors` and `final.safetensors` with the trained parameters, and `facts.json`.
 """
@@ -123,6 +123,13 @@ class Sleep(TrainerCallback):
             raise TimeoutError("nobody has killed this process")
 
 
+def chat_rows(model: torch.nn.Module) -> list[list[float]]:
+    """Rows of `<|start|>` and `<|end|>` in the embedding and in the head."""
+    weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    with whole(weights):
+        return [row for w in weights for row in (w.full_tensor() if isinstance(w, DTensor) else w)[[1, 2]].tolist()]
+
+
 def facts(trainer: GIFTSFTTrainer) -> dict[str, Any]:
     """How the trainer was distributed in fact, seen from this process."""
     accelerator, model = trainer.accelerator, trainer.model
@@ -140,8 +147,16 @@ def facts(trainer: GIFTSFTTrainer) -> dict[str, Any]:
         "dtensors": sum(isinstance(p, DTensor) for p in model.parameters()),
         "units": [type(unit).__name__ for unit in units],
         "trained": sum(p.numel() for p in trained_parameters(model).values()),
+        "chat_rows": chat_rows(model),
         "log": trainer.state.log_history,
     }
+    if trainer.args.confidence_source == "online":
+        scorer = trainer._confidence_source._online._scorer
+        found["scoring_parameters"] = sum(1 for _ in scorer.model.parameters())
+        found["scoring_parameters_sharded"] = sum(
+            isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.ds_tensor.numel() < p.ds_numel)
+            for p in scorer.model.parameters()
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = trainer.model_wrapped
         optimizer = engine.optimizer
@@ -184,7 +199,7 @@ def train(settings: dict[str, Any], run: dict[str, Any]) -> None:
             dataset = Dataset.from_list([json.loads(line) for line in file])
     set_seed(args.seed)
     trainer = GIFTSFTTrainer(
-        model=settings["base"],
+        model=settings["untrained" if run.get("untrained") else "base"],
         args=args,
         train_dataset=dataset,
         eval_dataset=dataset if args.eval_strategy != "no" else None,

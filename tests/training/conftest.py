@@ -77,19 +77,6 @@ def run(pair, lora):
     return train
 
 
-def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Relative L2 distance of two sets of tensors, in float64."""
-    assert found.keys() == expected.keys()
-    a = torch.cat([found[name].double().flatten() for name in expected])
-    b = torch.cat([expected[name].double().flatten() for name in expected])
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture(name="relative_difference")
-def relative_difference_fixture():
-    return relative_difference
-
-
 @pytest.fixture
 def adapter_weights():
     def get(trainer) -> dict[str, torch.Tensor]:
