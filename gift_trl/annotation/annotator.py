@@ -10,6 +10,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, release_memory
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,9 +88,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         cache_dir: str | os.PathLike[str] | None = None,
     ):
         if args is None:
-            # TRL turns bf16 on by default, which fails on a machine without a GPU; scoring does not read it. And without
-            # `use_cpu`, several processes on such a machine would forget each other
-            args = SFTConfig(bf16=False, use_cpu=PartialState().device.type == "cpu")
+            args = _default_arguments()
         self._args = args
         self._formatting_func = formatting_func
         self._model = instruct_model
@@ -358,6 +357,15 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
             "quantization": describe_quantization(model),
             "tokens_per_batch": self._tokens_per_batch or default_tokens_per_batch(model),
         }
+
+
+def _default_arguments() -> SFTConfig:
+    # TRL turns bf16 on by default, which fails on a machine without a GPU; scoring does not read it. Without `use_cpu`,
+    # several processes on such a machine would forget each other, and a trainer that is at work would lose its state
+    state = dict(AcceleratorState._shared_state)
+    args = SFTConfig(bf16=False, use_cpu=PartialState().device.type == "cpu")
+    AcceleratorState._shared_state.update(state)
+    return args
 
 
 def _from_main(value: Any) -> Any:

@@ -139,7 +139,7 @@ def _check_recipe(
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     if resume is True:  # found now, before any long work
-        resume = last_complete_checkpoint(training_args.output_dir, training_args.world_size)
+        resume = last_complete_checkpoint(training_args)
     return resume
 
 

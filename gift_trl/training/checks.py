@@ -45,7 +45,11 @@ def complete_config(
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return GIFTConfig(f"{name.split('/')[-1]}-GIFT")
     # Not `to_dict`, which replaces every field whose name ends in "_token", `eos_token` too, by a placeholder
-    return GIFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
+    given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    config = GIFTConfig(**{name: value for name, value in given.items() if name in GIFTConfig.__dataclass_fields__})
+    for name in given.keys() - GIFTConfig.__dataclass_fields__.keys():  # of a subclass of the user's own
+        setattr(config, name, given[name])
+    return config
 
 
 def check_supported(
@@ -95,6 +99,11 @@ def check_supported(
         raise ValueError(
             "`borrow_instruct_token_rows` holds the instruct model's rows frozen, and without an adapter every weight is "
             "trained. Pass a `peft_config` (`use_peft: true`), or unset it."
+        )
+    if args.borrow_instruct_token_rows and args.annotator == "base" and not isinstance(model, str):
+        raise ValueError(
+            "With `annotator='base'` the loaded model scores the tokens, and `borrow_instruct_token_rows` changes it. Give the "
+            "base model by its name, or unset one of the two."
         )
     if args.packing and args.max_length is None:
         raise ValueError("Packing joins rows up to `max_length` tokens, but `max_length` is None. Set it.")

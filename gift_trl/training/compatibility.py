@@ -33,6 +33,7 @@ _HOOKS = (
         "evaluation_loop",
         ("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     ),
+    (Trainer, "_finalize_training", ("self", "trial", "num_train_samples", "start_time")),
     (Trainer, "save_model", ("self", "output_dir", "_internal_call")),
     (SFTTrainer, "create_model_card", ("self", "model_name", "dataset_name", "tags")),
 )

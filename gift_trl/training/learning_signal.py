@@ -1,5 +1,7 @@
 """Where the loss comes from: sums over the target tokens between two logs."""
 
+from collections.abc import Mapping
+
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -50,15 +52,16 @@ class LearningSignal:
             confidences (`torch.Tensor` of shape `(batch, seq_len - 1)`, float32):
                 Confidence q of every next token.
             weights (`torch.Tensor` of shape `(batch, seq_len - 1)`, float32):
-                Weight w of every next token; 0 where it is no target.
+                Weight w of every next token.
             losses (`torch.Tensor` of shape `(batch, seq_len - 1)`):
-                Cross-entropy ℓ of every next token; 0 where it is no target.
+                Cross-entropy ℓ of every next token.
             mask (`torch.Tensor` of shape `(batch, seq_len - 1)`, bool):
-                Whether the next token is a target.
+                Whether the next token is a target that counts. Others are left out.
             empty (`torch.Tensor` of shape `()`, bool):
                 Whether the weights of the step add up to nothing.
         """
         with torch.no_grad():
+            weights, losses = torch.where(mask, weights, 0.0), torch.where(mask, losses, 0.0)
             weighted = weights * losses
             low, high = CONFIDENCE_BANDS
             values = [
@@ -66,8 +69,8 @@ class LearningSignal:
                 torch.where(mask, confidences, 0.0).sum(),
                 weights.sum(),
                 losses.sum(),
-                weighted.sum(),
                 torch.where(confidences < low, weighted, 0.0).sum(),
+                torch.where((confidences >= low) & (confidences <= high), weighted, 0.0).sum(),
                 torch.where(confidences > high, weighted, 0.0).sum(),
                 empty,
             ]
@@ -100,7 +103,7 @@ class LearningSignal:
         if mode not in self._sums:
             return
         sums = accelerator.reduce(self._sums.pop(mode)).tolist()
-        tokens, confidence, weight, loss, weighted, low, high, empty = sums
+        tokens, confidence, weight, loss, low, mid, high, empty = sums
         if empty > 0:
             logger.warning_once(
                 "At least one batch had no weight at all and taught nothing. Raise `confidence_floor`, or check "
@@ -111,10 +114,9 @@ class LearningSignal:
             metrics["nll"] = loss / tokens
             metrics["gift/confidence_mean"] = confidence / tokens
             metrics["gift/weight_mean"] = weight / tokens
-        if weighted > 0:
-            metrics["gift/signal_low"] = low / weighted
-            metrics["gift/signal_mid"] = (weighted - low - high) / weighted
-            metrics["gift/signal_high"] = high / weighted
+        if low + mid + high > 0:
+            for name, part in (("low", low), ("mid", mid), ("high", high)):
+                metrics[f"gift/signal_{name}"] = part / (low + mid + high)
         self._metrics[mode] = metrics
 
     def take(self, mode: str) -> dict[str, float]:
@@ -131,3 +133,31 @@ class LearningSignal:
             `gift/signal_high`, the shares of Σ w·ℓ that come from tokens with q < 0.2, 0.2 ≤ q ≤ 0.8 and q > 0.8.
         """
         return self._metrics.pop(mode, {})
+
+
+def real_rows(inputs: Mapping[str, torch.Tensor], accelerator: Accelerator) -> torch.Tensor | None:
+    """
+    Finds the tokens of rows that the last batch of a pass repeats to give every process as many.
+
+    Args:
+        inputs (`Mapping[str, torch.Tensor]`):
+            Batch of this process.
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator of the trainer.
+
+    Returns:
+        `torch.Tensor` or `None`: Whether a token, or a whole row in padded batches, is none of them, of shape
+        `(batch, seq_len)` or `(batch, 1)`. `None` if there are none.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0 or accelerator.num_processes == 1:
+        return None
+    labels = inputs["labels"]
+    if "attention_mask" not in inputs and "position_ids" in inputs:  # padding-free: rows follow each other in one
+        rows = (inputs["position_ids"] == 0).cumsum(dim=1) - 1
+        count = rows[:, -1:] + 1
+    else:
+        rows = torch.arange(len(labels), device=labels.device)[:, None]
+        count = len(labels)
+    # Rows of all processes, one process after the other, as `Accelerator.gather_for_metrics` cuts them
+    return accelerator.process_index * count + rows < state.remainder

@@ -1,12 +1,14 @@
 """The model card of an adapter trained with GIFT."""
 
+import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from transformers import is_wandb_available
@@ -15,6 +17,8 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 from gift_trl.annotation.provenance import Provenance, library_versions
 from gift_trl.training.config import GIFTConfig
 
+
+logger = get_logger(__name__)
 
 PAPER = "https://huggingface.co/papers/2605.01256"
 GIFT_CITATION = """@inproceedings{gift2026,
@@ -28,7 +32,8 @@ _TRL_CITATION = """@software{trl,
     title = {{TRL: Transformers Reinforcement Learning}},
     url   = {https://github.com/huggingface/trl},
 }"""
-_PLACEHOLDER = "[More Information Needed]"
+# Ends a card that nobody has changed since
+_MARK = "<!-- written by gift_trl: {} -->"
 
 
 @dataclass
@@ -39,14 +44,16 @@ class AdapterFacts:
     Args:
         name (`str`):
             Name of the adapter.
+        hub_id (`str` or `None`):
+            Its id on the Hub.
         base_model (`str`):
             Model the adapter was trained on: Hub id or folder.
         instruct_model (`str` or `None`):
             Model to merge it into: Hub id or folder.
         dataset (`str` or `None`):
             Training data: Hub id or path.
-        is_adapter (`bool`):
-            Whether the trained model is an adapter, not a whole model.
+        peft_type (`str` or `None`):
+            Type of the adapter; `None` if a whole model was trained.
         tags (`list[str]`):
             Tags.
         settings (`dict[str, Any]`):
@@ -58,8 +65,9 @@ class AdapterFacts:
     name: str
     base_model: str
     instruct_model: str | None
+    hub_id: str | None = None
     dataset: str | None = None
-    is_adapter: bool = True
+    peft_type: str | None = "LORA"
     tags: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
@@ -153,17 +161,18 @@ def make_adapter_card(facts: AdapterFacts) -> ModelCard:
     Returns:
         [`~huggingface_hub.ModelCard`]: The card.
     """
+    is_adapter = facts.peft_type is not None
     base = facts.base_model if is_hub_id(facts.base_model) else None
     data = ModelCardData(
         model_name=facts.name,
         base_model=base,
-        base_model_relation="adapter" if base is not None and facts.is_adapter else None,
-        library_name="peft" if facts.is_adapter else "transformers",
+        base_model_relation="adapter" if base is not None and is_adapter else None,
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         datasets=facts.dataset if facts.dataset is not None and is_hub_id(facts.dataset) else None,
-        tags=sorted({*facts.tags, *(["lora"] if facts.is_adapter else [])}),
+        tags=sorted({*facts.tags, *(["lora"] if facts.peft_type == "LORA" else [])}),
     )
-    kind = "An adapter" if facts.is_adapter else "A model"
+    kind = "An adapter" if is_adapter else "A model"
     instruct = _link(facts.instruct_model) if facts.instruct_model is not None else "the instruct model"
     data_text = f" on {_link(facts.dataset, 'datasets/')}" if facts.dataset is not None else ""
     merge_into = _shown(facts.instruct_model) if facts.instruct_model is not None else "INSTRUCT_MODEL"
@@ -171,15 +180,13 @@ def make_adapter_card(facts: AdapterFacts) -> ModelCard:
         f"# {facts.name}",
         f"{kind} trained{data_text} on the base model {_link(facts.base_model)} with GIFT ([Guided Fine-Tuning and "
         f"Transfer]({PAPER})): the cross-entropy of every token is weighted by the probability that {instruct} gives to it."
-        + (
-            f" It is to be merged into {instruct}, and is of little use on the base model." if facts.is_adapter else ""
-        ),
+        + (f" It is to be merged into {instruct}, and is of little use on the base model." if is_adapter else ""),
     ]
-    if facts.is_adapter:
+    if is_adapter:
         sections.append(
             "## Use\n\nMerge it with gift_trl, then load the merged model as "
             "any other:\n\n```python\nfrom gift_trl import merge_adapter\nfrom transformers import pipeline\n\n"
-            f'merge_adapter("{facts.name}", "{merge_into}", "merged")\n'
+            f'merge_adapter("{facts.hub_id or facts.name}", "{merge_into}", "merged")\n'
             'generator = pipeline("text-generation", model="merged")\n```'
         )
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.settings.items())
@@ -189,25 +196,50 @@ def make_adapter_card(facts: AdapterFacts) -> ModelCard:
     versions = "\n".join(f"- {name} {version}" for name, version in library_versions().items())
     sections.append(f"### Framework versions\n\n{versions}")
     sections.append(f"## Citation\n\n```bibtex\n{GIFT_CITATION}\n```\n\n```bibtex\n{_TRL_CITATION}\n```")
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)
+    return ModelCard(f"{text}\n\n{_MARK.format(_digest(text))}\n")
+
+
+def write_card(path: Path, make: Callable[[], ModelCard], *, replace: bool | None = None) -> None:
+    """
+    Writes a card, unless there is one that a person has written. A card is never a reason to lose a training.
+
+    Args:
+        path (`Path`):
+            File.
+        make (`Callable`):
+            Makes the card.
+        replace (`bool`, *optional*):
+            Whether to write it in any case. Defaults to what [`may_be_replaced`] says.
+    """
+    if not (may_be_replaced(path) if replace is None else replace):
+        logger.warning_once(
+            f"`{path.name}` in `{path.parent}` was written or changed by a person, and is left as it is."
+        )
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make().save(path)
+    except Exception as error:
+        logger.warning(f"The model card was not written to `{path}`: {type(error).__name__}: {error}")
 
 
 def may_be_replaced(path: str | os.PathLike[str]) -> bool:
     """
-    Whether a card is a generated one, which says nothing that a person wrote.
+    Whether a card says nothing that a person wrote.
 
     Args:
         path (`str` or `os.PathLike`):
             File.
 
     Returns:
-        `bool`: Whether there is none, or a generated one.
+        `bool`: Whether there is none, or one that [`make_adapter_card`] has made and nobody has changed.
     """
     if not os.path.exists(path):
         return True
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    return _PLACEHOLDER in text or f"[Guided Fine-Tuning and Transfer]({PAPER})" in text
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text, _, mark = file.read().rstrip().rpartition("\n\n")
+    return mark == _MARK.format(_digest(text))
 
 
 def is_hub_id(name: str) -> bool:
@@ -234,3 +266,7 @@ def _link(name: str, kind: str = "") -> str:
 
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

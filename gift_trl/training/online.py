@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift_trl.annotation.checks import check_tokenizer
+from gift_trl.annotation.engine import together
 from gift_trl.annotation.head import add_scoring_head
 from gift_trl.annotation.loading import check_scoring_model, load_scoring_model
 from gift_trl.annotation.scoring import ModelScorer, unwrap_model
@@ -79,15 +80,13 @@ class OnlineConfidences:
         inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
         device = inputs["labels"].device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            if not self._checked:
-                self._check_tokens(inputs["input_ids"])
-                self._scorer.check(inputs["input_ids"][0].cpu())
+            if self._checked:
+                return self._scorer.score_collated(inputs)
+            # What is wrong in one process ends all of them
+            together(lambda: self._check_tokens(inputs["input_ids"]))
+            together(lambda: self._scorer.check(inputs["input_ids"][0].cpu()))
             confidences = self._scorer.score_collated(inputs)
-            if not self._checked and not torch.isfinite(confidences).all():
-                raise ValueError(
-                    "The instruct model gives probabilities that are not finite: its weights are damaged, or too large "
-                    "for its dtype. Set another `dtype` in `instruct_model_init_kwargs`."
-                )
+            together(lambda: _check_finite(confidences))
         self._checked = True
         return confidences
 
@@ -103,3 +102,11 @@ class OnlineConfidences:
                 "A row of the first batch begins with two beginning-of-sequence tokens: the text or chat template has "
                 "one, and the tokenizer adds another. Remove it from the text."
             )
+
+
+def _check_finite(confidences: torch.Tensor) -> None:
+    if not torch.isfinite(confidences).all():
+        raise ValueError(
+            "The instruct model gives probabilities that are not finite: its weights are damaged, or too large for its "
+            "dtype. Set another `dtype` in `instruct_model_init_kwargs`."
+        )

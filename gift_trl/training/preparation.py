@@ -3,11 +3,11 @@
 import copy
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig, pack_dataset
 from trl.trainer.utils import global_then_local_main_first
 
+from gift_trl.annotation.rows import measure_rows
 from gift_trl.annotation.tokenization import token_slice
 
 
@@ -29,11 +29,12 @@ def cut_confidences(
 
     Returns:
         `tuple[Dataset | IterableDataset, SFTConfig]`: The dataset, and the configuration to prepare it with: SFTTrainer
-        goes over rows that need no cut only if it has a `max_length`, and shuffling is left to the end.
+        goes over the rows, to cut some and leave out those without a target, only if it has a `max_length`; shuffling is
+        left to the end.
     """
     sft_args = copy.copy(args)
     sft_args.shuffle_dataset = False
-    if packing or _is_cut(dataset, args.max_length):
+    if packing or _needs_no_cut(dataset, args.max_length):
         sft_args.max_length = None
     elif args.max_length is not None:
         kept = token_slice(args)
@@ -75,9 +76,14 @@ def _map_kwargs(dataset: Dataset | IterableDataset, args: SFTConfig, description
     return {"num_proc": args.dataset_num_proc, "desc": description} if isinstance(dataset, Dataset) else {}
 
 
-def _is_cut(dataset: Dataset | IterableDataset, max_length: int | None) -> bool:
-    """Whether no row is longer, as after an annotation with the same length; found without reading the tokens."""
-    if not isinstance(dataset, Dataset) or max_length is None or len(dataset) == 0:
+def _needs_no_cut(dataset: Dataset | IterableDataset, max_length: int | None) -> bool:
+    """Whether every row fits and has a target, as after an annotation with the same length."""
+    if (
+        not isinstance(dataset, Dataset)
+        or max_length is None
+        or len(dataset) == 0
+        or "labels" not in dataset.column_names
+    ):
         return False
-    lengths = pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"])
-    return pc.max(lengths).as_py() <= max_length
+    rows = measure_rows(dataset)
+    return bool((rows.lengths <= max_length).all() and (rows.targets > 0).all())

@@ -1,11 +1,11 @@
 """The checkpoint that a killed run goes on from."""
 
 import json
-import os
 import zipfile
 from pathlib import Path
 
 from accelerate.logging import get_logger
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 logger = get_logger(__name__)
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike[str], num_processes: int = 1) -> str:
+def last_complete_checkpoint(args: TrainingArguments) -> str:
     """
     Finds the last checkpoint that was written to its end.
 
@@ -22,10 +22,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str], num_processes: 
     last by the others.
 
     Args:
-        output_dir (`str` or `os.PathLike`):
-            Output folder of the interrupted run.
-        num_processes (`int`, *optional*, defaults to `1`):
-            Number of processes. A checkpoint of another number is taken if there is none of this one.
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the trainer, whose `output_dir` holds the checkpoints.
 
     Returns:
         `str`: Folder of the checkpoint.
@@ -33,28 +31,42 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str], num_processes: 
     Raises:
         `ValueError`: If there is none that the run can go on from.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) is not None]
+    folders = [path for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) is not None]
     folders.sort(key=_step, reverse=True)
     if not folders:
         raise ValueError(
-            f"`resume_from_checkpoint` is set, but `{output_dir}` holds no checkpoint. Unset it, or set `output_dir` to the "
-            "folder of the interrupted run."
+            f"`resume_from_checkpoint` is set, but `{args.output_dir}` holds no checkpoint. Unset it, or set `output_dir` to "
+            "the folder of the interrupted run."
         )
-    written = [path for path in folders if _has_state(path)]
-    for expected in (num_processes, None):
-        for path in written:
-            states = list(path.glob("rng_state*.pth"))
-            if states and all(map(zipfile.is_zipfile, states)) and expected in (None, len(states)):
-                if path != folders[0]:
-                    logger.warning(
-                        f"`{folders[0].name}` is not complete: the run was killed while it was written. Going on from "
-                        f"`{path.name}`."
-                    )
-                return str(path)
+    for path in folders:
+        if _has_state(path) and (args.save_only_model or _is_complete(path, folders, args.world_size)):
+            if path != folders[0]:
+                logger.warning(
+                    f"`{folders[0].name}` is not complete: the run was killed while it was written. Going on from "
+                    f"`{path.name}`."
+                )
+            if args.save_only_model:
+                logger.warning(
+                    f"`{path.name}` was saved without the state of the optimizer (`save_only_model`), which starts anew: "
+                    "the run will differ from an uninterrupted one."
+                )
+            return str(path)
     raise ValueError(
-        f"None of the {len(folders)} checkpoints in `{output_dir}` can be gone on from: they were not written to their end, or "
-        "without the state of the optimizer (`save_only_model`). Start again with another `output_dir`."
+        f"None of the {len(folders)} checkpoints in `{args.output_dir}` can be gone on from: they were not written to their "
+        "end, or without the state of the optimizer (`save_only_model`). Start again with another `output_dir`, or set "
+        "`save_only_model` as it was set then."
     )
+
+
+def _is_complete(path: Path, folders: list[Path], num_processes: int) -> bool:
+    states = list(path.glob("rng_state*.pth"))
+    if not states or not all(map(zipfile.is_zipfile, states)):
+        return False
+    if [state.name for state in states] == ["rng_state.pth"]:  # of a single process
+        return True
+    # Fewer than there are processes now: by a run of fewer, unless other checkpoints show that it had more
+    others = [len(list(folder.glob("rng_state_*.pth"))) for folder in folders]
+    return len(states) > 1 and (len(states) >= num_processes or len(states) == max(others))
 
 
 def _step(path: Path) -> int | None:

@@ -2,19 +2,19 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
+from jinja2 import TemplateError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -44,7 +44,7 @@ def check_token_rows(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset | IterableDataset,
     *,
-    revision: str | None = None,
+    load_kwargs: Mapping[str, Any] | None = None,
     borrow: bool = False,
 ) -> list[str]:
     """
@@ -64,9 +64,11 @@ def check_token_rows(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the run.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Prepared training data; its first rows tell which tokens the chat format uses.
-        revision (`str`, *optional*):
-            Revision of the instruct model on the Hub.
+            Prepared training data; its first rows tell which tokens the chat format uses. For a stream, a rendered chat
+            does.
+        load_kwargs (`Mapping[str, Any]`, *optional*):
+            Where the instruct model is on the Hub and in its cache, as for
+            [`~transformers.AutoModelForCausalLM.from_pretrained`]: `revision`, `subfolder`, `cache_dir`, `token`.
         borrow (`bool`, *optional*, defaults to `False`):
             Whether to put the instruct model's rows in place of untrained ones. They are not trained.
 
@@ -75,7 +77,8 @@ def check_token_rows(
 
     Raises:
         `ValueError`: If rows are to be borrowed for a model whose embedding or head is itself trained, or the instruct
-            model's cannot be read.
+            model's cannot be found.
+        `OSError`: If rows are to be borrowed and the Hub cannot be asked.
     """
     base = model.get_base_model() if is_peft_model(model) else model
     matrices = _matrices(base)
@@ -84,36 +87,43 @@ def check_token_rows(
             f"`borrow_instruct_token_rows` holds the instruct model's rows frozen, but {' and '.join(trained)} would be "
             "trained. Train an adapter (`use_peft`) that leaves embedding and head alone, or unset it."
         )
-    ids = _chat_token_ids(tokenizer, dataset, instruct_model, revision)
+    used, predicted = _chat_token_ids(tokenizer, dataset, instruct_model, (load_kwargs or {}).get("revision"))
     found: dict[int, list[str]] = {}
-    borrowed = set()
+    embedding = getattr(base.get_input_embeddings(), "weight", None)
     for name, weight in matrices.items():
-        if weight is None or not ids:
+        if weight is None:
             continue
-        with _gathered(weight, modify=borrow):
+        with _gathered(weight):
             if weight.is_meta or weight.numel() == 0:  # read by the first process only, under FSDP
                 continue
-            reasons = _untrained_rows(weight, ids, tokenizer)
+            # What is never predicted tells nothing of the head
+            reasons = _untrained_rows(weight, sorted(used if weight is embedding else predicted), tokenizer)
             if not reasons:
                 continue
-            rows = _instruct_rows(instruct_model, revision, name, list(reasons), download=borrow)
-            if rows is None:
+            try:
+                rows = _instruct_rows(instruct_model, load_kwargs or {}, name, weight, list(reasons), download=borrow)
+            except (OSError, ValueError, KeyError, SafetensorError):
                 if borrow:
-                    raise ValueError(
-                        f"The instruct model's `{name}` cannot be read, whose rows are to be borrowed. Give it as a folder "
-                        "or a Hub repository with safetensors, or unset `borrow_instruct_token_rows`."
-                    )
-                continue
-            for (token_id, reason), row in zip(reasons.items(), rows, strict=True):
+                    raise
+                continue  # without them nothing can be said
+            for (token_id, reason), row in zip(reasons.items(), () if rows is None else rows, strict=False):
                 own, row = weight[token_id].float(), row.to(weight.device).float()
-                if (row - own).norm() <= _UNMOVED * max(row.norm(), own.norm()):
+                if (row - own).norm() > _UNMOVED * max(row.norm(), own.norm()):
+                    found.setdefault(token_id, []).append(f"{name}: {reason}")
+            if rows is None and borrow:
+                raise _not_found(name)
+    if borrow and found:
+        ids = sorted(found)
+        for name, weight in matrices.items():
+            with _gathered(weight, modify=True), torch.no_grad():
+                if weight.is_meta or weight.numel() == 0:
                     continue
-                found.setdefault(token_id, []).append(f"{name}: {reason}")
-                if borrow:
-                    with torch.no_grad():
-                        weight[token_id] = row.to(weight.dtype)
-                    borrowed.add(token_id)
-    if found and not borrow:
+                rows = _instruct_rows(instruct_model, load_kwargs or {}, name, weight, ids, download=True)
+                if rows is None:
+                    raise _not_found(name)
+                weight[ids] = rows.to(weight.device, weight.dtype)
+        return [_text(tokenizer, token_id) for token_id in ids]
+    if found:
         shown = ", ".join(f"{_text(tokenizer, i)} ({'; '.join(reasons)})" for i, reasons in list(found.items())[:4])
         logger.warning(
             f"The base model's rows of {len(found)} tokens of the chat format look untrained, and the instruct model's "
@@ -121,7 +131,14 @@ def check_token_rows(
             "has learnt these tokens. Set `borrow_instruct_token_rows: true` to train with the instruct model's rows, "
             "held frozen."
         )
-    return [_text(tokenizer, token_id) for token_id in sorted(borrowed)]
+    return []
+
+
+def _not_found(name: str) -> ValueError:
+    return ValueError(
+        f"The instruct model's safetensors hold nothing that corresponds to `{name}` of the base model, whose rows are to "
+        "be borrowed. Unset `borrow_instruct_token_rows`."
+    )
 
 
 def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter | None]:
@@ -137,7 +154,7 @@ def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter | None]:
 
 
 @contextlib.contextmanager
-def _gathered(weight: nn.Parameter, *, modify: bool) -> Iterator[None]:
+def _gathered(weight: nn.Parameter, *, modify: bool = False) -> Iterator[None]:
     if not hasattr(weight, "ds_id"):
         yield
         return
@@ -152,17 +169,31 @@ def _chat_token_ids(
     dataset: Dataset | IterableDataset,
     instruct_model: str | PreTrainedModel,
     revision: str | None,
-) -> list[int]:
-    special = set(tokenizer.added_tokens_decoder) | set(
-        end_of_turn_token_ids(tokenizer, instruct_model, revision=revision)
-    )
-    used = {int(token_id) for row in islice(dataset, _ROWS_READ) for token_id in row["input_ids"]}
-    return sorted(special & used)
+) -> tuple[set[int], set[int]]:
+    """Added tokens and those that end a turn, among the tokens of some rows and among their targets."""
+    ends = set(end_of_turn_token_ids(tokenizer, instruct_model, revision=revision))
+    special = set(tokenizer.added_tokens_decoder) | ends
+    is_stored = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+    if is_stored and {"input_ids", "labels"} <= set(dataset.column_names):
+        rows = dataset.select(range(min(_ROWS_READ, len(dataset)))).with_format(None)
+        used = {token_id for row in rows["input_ids"] for token_id in row}
+        predicted = {label for row in rows["labels"] for label in row[1:]}
+        return special & used, special & predicted
+    # A stream or a transform is not read ahead of the training
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        used = set(tokenizer.apply_chat_template(chat, return_dict=False))
+    except (ValueError, TemplateError):  # there is no template, or one for other chats
+        return set(), set()
+    return special & used, ends & used
 
 
 def _untrained_rows(weight: torch.Tensor, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     with torch.no_grad():
         vocabulary = weight.shape[0]
+        ids = [token_id for token_id in ids if token_id < vocabulary]
+        if not ids:
+            return {}
         norms = weight[:: max(1, vocabulary // _ROWS_SAMPLED)].float().norm(dim=1)
         median, longest = norms.median().item(), norms.quantile(0.99).item()
         # Rows nothing trains: those beyond the tokenizer's vocabulary, and reserved tokens among the added ones
@@ -186,40 +217,49 @@ def _text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def _instruct_rows(
-    model: str | PreTrainedModel, revision: str | None, name: str, ids: list[int], *, download: bool
+    model: str | PreTrainedModel,
+    load_kwargs: Mapping[str, Any],
+    name: str,
+    weight: torch.Tensor,
+    ids: list[int],
+    *,
+    download: bool,
 ) -> torch.Tensor | None:
     if not isinstance(model, str):
         parameter = dict((model.get_base_model() if is_peft_model(model) else model).named_parameters()).get(name)
         if parameter is None:
             return None
-        with _gathered(parameter, modify=False):
+        with _gathered(parameter):
             return parameter[ids].detach().clone()
     options = {
-        "revision": revision,
+        **{key: load_kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if load_kwargs.get(key)},
         "local_files_only": not download,
         "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": download,
+        "_raise_exceptions_for_connection_errors": download,
     }
     index = cached_file(model, SAFETENSORS_INDEX_FILE, **options)
-    file, key = SAFETENSORS_SINGLE_FILE, None
-    if index is not None:
+    if index is None:
+        files = [SAFETENSORS_SINGLE_FILE]
+    else:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        key = _checkpoint_name(name, list(weight_map))
-        file = weight_map.get(key)
-    path = None if file is None else cached_file(model, file, **options)
-    if path is None:
-        return None
-    with safe_open(path, framework="pt") as tensors:
-        key = _checkpoint_name(name, list(tensors.keys())) if key is None else key
-        if key is None:
-            return None
-        rows = tensors.get_slice(key)
-        return torch.cat([rows[token_id : token_id + 1] for token_id in ids])
+        files = sorted({weight_map[key] for key in _checkpoint_names(name, weight_map)})
+    for file in files:
+        path = cached_file(model, file, **options)
+        if path is None:
+            continue
+        with safe_open(path, framework="pt") as tensors:
+            for key in _checkpoint_names(name, tensors.keys()):
+                rows = tensors.get_slice(key)
+                if rows.get_shape() == list(weight.shape):
+                    return torch.cat([rows[token_id : token_id + 1] for token_id in ids])
+    return None
 
 
-def _checkpoint_name(name: str, keys: list[str]) -> str | None:
-    # A checkpoint may leave out the base model's prefix, or have one more
+def _checkpoint_names(name: str, keys: Iterable[str]) -> list[str]:
+    # A checkpoint may have other prefixes than the model that is made of it; then its module's own name decides
+    keys = list(keys)
     if name in keys:
-        return name
-    matching = [key for key in keys if key.endswith(f".{name}") or name.endswith(f".{key}")]
-    return matching[0] if len(matching) == 1 else None
+        return [name]
+    ending = ".".join(name.split(".")[-2:])
+    return sorted(key for key in keys if key == ending or key.endswith(f".{ending}"))

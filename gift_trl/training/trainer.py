@@ -1,5 +1,6 @@
 """`GIFTSFTTrainer`: stage 2 of GIFT."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from gift_trl.training.compatibility import check_trl_hooks
 from gift_trl.training.confidences import ConfidenceSource
 from gift_trl.training.config import GIFTConfig
 from gift_trl.training.data_collator import DataCollatorForGIFT
-from gift_trl.training.learning_signal import LearningSignal
+from gift_trl.training.learning_signal import LearningSignal, real_rows
 from gift_trl.training.loss import weighted_loss
 from gift_trl.training.model_card import (
     GIFT_CITATION,
@@ -43,6 +44,7 @@ from gift_trl.training.model_card import (
     may_be_replaced,
     run_links,
     training_settings,
+    write_card,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
 from gift_trl.training.resume import last_complete_checkpoint
@@ -178,6 +180,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             dict(zip(eval_sets, annotated, strict=True)) if isinstance(eval_dataset, Mapping) else annotated[0]
         )
 
+        self._prepared = weakref.WeakSet()
         super().__init__(
             model=model,
             args=args,
@@ -220,7 +223,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 instruct_model,
                 self._tokenizer,
                 self.train_dataset,
-                revision=args.instruct_model_revision,
+                load_kwargs={"revision": args.instruct_model_revision, **(args.instruct_model_init_kwargs or {})},
                 borrow=args.borrow_instruct_token_rows,
             )
         self._confidence_source.training_starts(self.model, self.accelerator.device)
@@ -234,21 +237,27 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if "seq_lengths" in get_dataset_column_names(dataset):
+        if dataset in self._prepared:
             return dataset  # evaluating a dictionary of sets comes by twice, and packed rows are not packed again
         if self._confidence_source.is_online:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            self._prepared.add(dataset)
+            return dataset
         # SFTTrainer truncates `input_ids` and `labels` only, and packing keeps only these two: the confidences are cut
         # and packed here alike
         dataset, sft_args = cut_confidences(dataset, args, packing=packing, dataset_name=dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, sft_args, False, None, dataset_name)
         if packing:
             dataset = pack_with_confidences(dataset, args, dataset_name=dataset_name)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        self._prepared.add(dataset)
+        return dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
+            resume_from_checkpoint = last_complete_checkpoint(self.args)
+        self._signal.clear("train")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
@@ -364,13 +373,20 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
         mode = "train" if self.model.training else "eval"
-        self._signal.add(mode, q, weights, -outputs.log_probs.detach(), mask, empty)
+        counted = mask
+        if mode == "eval" and (real := real_rows(inputs, self.accelerator)) is not None:
+            counted = mask & real.expand_as(inputs["labels"])[:, 1:].to(mask.device)
+        self._signal.add(mode, q, weights, -outputs.log_probs.detach(), counted, empty)
         return (loss, result[1]) if return_outputs else loss
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self.control.should_log:
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._signal.gather("train", self.accelerator)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        self._signal.gather("train", self.accelerator)  # of the steps since the last log
+        return super()._finalize_training(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
         self._signal.clear("eval")
@@ -386,11 +402,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         card = Path(output_dir or self.args.output_dir) / "README.md"
-        replace = may_be_replaced(card)
+        replace = self.is_world_process_zero() and may_be_replaced(card)
         super().save_model(output_dir, _internal_call)
-        # PEFT has written a card of placeholders, with the base model's folder in it
-        if replace and self.is_world_process_zero() and card.exists():
-            self._make_card(self._card_name()).save(card)
+        if replace and card.exists():
+            # PEFT has written a card of placeholders, with the base model's folder in it
+            write_card(card, lambda: self._make_card(self._card_name()), replace=True)
 
     def create_model_card(
         self,
@@ -399,8 +415,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         tags: str | list[str] | None = None,
     ) -> None:
         if self.is_world_process_zero():
-            card = self._make_card(model_name or self._card_name(), dataset_name, tags)
-            card.save(Path(self.args.output_dir) / "README.md")
+            card = Path(self.args.output_dir) / "README.md"
+            write_card(card, lambda: self._make_card(model_name or self._card_name(), dataset_name, tags))
 
     def _card_name(self) -> str:
         return (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
@@ -411,10 +427,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         return make_adapter_card(
             AdapterFacts(
                 name=name,
+                hub_id=self.args.hub_model_id,
                 base_model=get_config_model_id(self.model.config),
                 instruct_model=instruct if instruct is None or isinstance(instruct, str) else model_name(instruct),
                 dataset=dataset_name,
-                is_adapter=peft_config is not None,
+                peft_type=None if peft_config is None else peft_config.peft_type.value,
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
                 settings=training_settings(
                     self.args, self.accelerator.num_processes, peft_config, self._provenances, self._borrowed_tokens

@@ -202,7 +202,8 @@ def train(settings: dict[str, Any], run: dict[str, Any]) -> None:
         model=settings["untrained" if run.get("untrained") else "base"],
         args=args,
         train_dataset=dataset,
-        eval_dataset=dataset if args.eval_strategy != "no" else None,
+        # Two processes repeat a row of the last batch
+        eval_dataset=dataset.select(range(len(dataset) - 1)) if args.eval_strategy != "no" else None,
         peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=run.get("dropout", 0.0), target_modules="all-linear"),
     )
     set_adapter(trainer.model)

@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import IntervalStrategy
 
 from gift_trl import GIFTSFTTrainer, annotate_dataset
-from gift_trl.training.learning_signal import LearningSignal
+from gift_trl.training import DataCollatorForGIFT
+from gift_trl.training.learning_signal import LearningSignal, real_rows
 
 
 def test_shares_by_confidence():
@@ -72,6 +76,38 @@ def test_metrics_equal_a_count_over_the_tokens(pair, conversations, config, run)
     for band, share in sums.items():
         assert entry[f"gift/signal_{band}"] == pytest.approx(share / total, rel=1e-5), band
         assert metrics[f"eval_gift/signal_{band}"] == pytest.approx(share / total, rel=1e-5), band
+
+
+def test_steps_after_the_last_log_are_logged_at_the_end(conversations, config, run):
+    settings = {"per_device_train_batch_size": 2, "learning_rate": 0.0}
+    every = run(config(max_steps=3, logging_steps=1, **settings), conversations).state.log_history
+    some = run(config(max_steps=3, logging_steps=2, **settings), conversations).state.log_history
+    assert some[-1]["nll"] == pytest.approx(every[2]["nll"], rel=1e-6)
+    trainer = run(config(max_steps=3, logging_strategy="no", **settings), conversations)
+    (last,) = trainer.state.log_history
+    assert {"nll", "gift/confidence_mean", "gift/weight_mean", "gift/signal_low"} <= last.keys()
+    # and none is left for the next training
+    trainer.args.logging_strategy, trainer.args.logging_steps = IntervalStrategy.STEPS, 1
+    trainer.train()
+    assert trainer.state.log_history[0]["nll"] == pytest.approx(every[0]["nll"], rel=1e-6)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_that_are_repeated_are_found(padding_free):
+    # 5 rows, 2 processes × 2 rows: the last batch has one row, and 3 that are repeated
+    examples = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6], "confidences": [0.0, 0.5, 0.5]}] * 2
+    batch = DataCollatorForGIFT(pad_token_id=0, padding_free=padding_free)(examples)
+    real = []
+    for process in range(2):
+        accelerator = SimpleNamespace(
+            num_processes=2,
+            process_index=process,
+            gradient_state=SimpleNamespace(end_of_dataloader=True, remainder=1),
+        )
+        real.append(real_rows(batch, accelerator).expand_as(batch["labels"]).flatten().tolist())
+        accelerator.gradient_state.end_of_dataloader = False
+        assert real_rows(batch, accelerator) is None
+    assert real == [[True] * 3 + [False] * 3, [False] * 6]
 
 
 def test_nothing_is_exchanged_between_logs(pair, conversations, config, lora, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gift_trl import GIFTSFTTrainer, annotate_dataset
 
@@ -49,6 +50,31 @@ def test_online_scores_streams_and_evaluation_sets(
     for name in ("eval_a_loss", "eval_nll", "eval_gift/confidence_mean", "eval_gift/signal_mid"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     assert online.evaluate(conversations)["eval_loss"] == pytest.approx(ours["eval_a_loss"], rel=1e-6)
+
+
+def test_rows_made_on_the_fly(pair, tokenizer, conversations, config, run, adapter_weights, relative_difference):
+    """Neither tokenised nor stored: the collator does it, anew for every batch."""
+    pad = DataCollatorForLanguageModeling(pad_token_id=0)
+
+    def collate(rows):
+        chats = [row["prompt"] + row["completion"] for row in rows]
+        ids = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
+        return pad([{"input_ids": row, "labels": row} for row in ids])
+
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4}
+    made = run(
+        config(
+            confidence_source="online",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            **settings,
+        ),
+        conversations,
+        data_collator=collate,
+    )
+    stored = run(config(completion_only_loss=False, **settings), conversations)
+    # The chat template ends a conversation with a line break, which prompt-completion rows have too
+    assert relative_difference(adapter_weights(made), adapter_weights(stored)) < 1e-6
 
 
 def test_the_instruct_model_stays_as_it_is(pair, conversations, config, run):

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from gift_trl import GIFTSFTTrainer
 from gift_trl.training.resume import last_complete_checkpoint
@@ -13,8 +14,8 @@ def interrupted(pair, conversations, config, lora, tmp_path):
     """Output folder with the checkpoints of steps 2 and 4, and a way to go on to step 6."""
     settings = {"max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
 
-    def train(folder, resume=None):
-        args = config(output_dir=str(folder), optim="adamw_torch", **settings)
+    def train(folder, resume=None, **overrides):
+        args = config(output_dir=str(folder), optim="adamw_torch", **{**settings, **overrides})
         trainer = GIFTSFTTrainer(pair[0], args, train_dataset=conversations, peft_config=lora)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -36,29 +37,51 @@ def test_a_checkpoint_cut_short_is_not_taken(interrupted, adapter_weights, caplo
         (last / lost).unlink()
     resumed = train(folder, resume=True)
     assert "`checkpoint-4` is not complete" in caplog.text
-    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-6")
+    assert last_complete_checkpoint(resumed.args) == str(folder / "checkpoint-6")
     expected = adapter_weights(whole)
     for name, value in adapter_weights(resumed).items():
         assert value.equal(expected[name]), name
 
 
-def test_every_process_must_have_written(interrupted):
-    folder, _, _ = interrupted
-    for step, ranks in ((2, 2), (4, 1)):
-        state = folder / f"checkpoint-{step}" / "rng_state.pth"
-        for rank in range(ranks):
-            shutil.copy(state, state.with_name(f"rng_state_{rank}.pth"))
-        state.unlink()
-    assert last_complete_checkpoint(folder, num_processes=2).endswith("checkpoint-2")
-    # Of another number of processes, if there is none of this one
-    assert last_complete_checkpoint(folder, num_processes=3).endswith("checkpoint-4")
+@pytest.mark.parametrize(
+    ("written", "num_processes", "taken"),
+    [
+        ({2: 2, 4: 1}, 2, 2),  # the second process was killed before it wrote
+        ({2: 4, 4: 3}, 4, 2),
+        ({2: 4, 4: 3}, 2, 4),  # more than there are now is enough for them
+        ({2: 4, 4: 4}, 2, 4),
+        ({2: 2, 4: 2}, 4, 4),  # of a run of two processes, both of which wrote
+        ({2: 2, 4: None}, 2, 4),  # of a single process
+    ],
+)
+def test_every_process_must_have_written(tmp_path, config, caplog, written, num_processes, taken):
+    for step, ranks in written.items():
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+        for name in ["rng_state.pth"] if ranks is None else [f"rng_state_{rank}.pth" for rank in range(ranks)]:
+            torch.save({}, folder / name)
+    args = config()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(args), "world_size", num_processes)
+        assert last_complete_checkpoint(args).endswith(f"checkpoint-{taken}")
+    assert ("was killed" in caplog.text) == (taken == 2)
+
+
+def test_checkpoints_without_the_optimizer(interrupted, caplog):
+    folder, train, _ = interrupted
+    for step in (2, 4):
+        (folder / f"checkpoint-{step}" / "rng_state.pth").unlink()
+        (folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="None of the 2 checkpoints"):
+        train(folder, resume=True)
+    # As in SFTTrainer, and with a warning
+    resumed = train(folder, resume=True, save_only_model=True)
+    assert resumed.state.global_step == 6
+    assert "`checkpoint-4` was saved without the state of the optimizer" in caplog.text
 
 
 def test_no_checkpoint_to_go_on_from(interrupted, tmp_path):
-    folder, train, _ = interrupted
+    _, train, _ = interrupted
     with pytest.raises(ValueError, match="holds no checkpoint"):
         train(tmp_path / "new", resume=True)
-    for step in (2, 4):
-        (folder / f"checkpoint-{step}" / "rng_state.pth").unlink()
-    with pytest.raises(ValueError, match="None of the 2 checkpoints"):
-        train(folder, resume=True)

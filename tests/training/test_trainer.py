@@ -1,6 +1,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -200,6 +201,36 @@ def test_arguments_of_a_wrong_type(pair, config, conversations):
     for dataset in (None, conversations.to_list()):
         with pytest.raises(TypeError, match=f"`train_dataset` is a `{type(dataset).__name__}`"):
             construct(pair, config, dataset)
+
+
+def test_rows_without_a_target_are_left_out(pair, config, conversations):
+    annotated = annotate_dataset(conversations, pair[1])
+    half = annotated.map(lambda row, i: {"labels": [-100] * len(row["labels"])} if i % 2 else {}, with_indices=True)
+    assert len(construct(pair, config, half).train_dataset) == 4
+
+
+def test_a_column_named_seq_lengths_is_a_column(pair, config, conversations):
+    annotated = annotate_dataset(conversations, pair[1])
+    named = annotated.add_column("seq_lengths", [[len(row)] for row in annotated["input_ids"]])
+    trainer = construct(pair, config, named, args=config(max_length=24))
+    assert max(map(len, trainer.train_dataset["input_ids"])) == 24
+
+
+def test_annotating_beside_a_trainer(pair, config, conversations, lora):
+    trainer = construct(pair, config, conversations, peft_config=lora)
+    annotated = annotate_dataset(conversations, pair[1])
+    assert trainer.evaluate(annotated)["eval_nll"] == trainer.evaluate(conversations)["eval_nll"]
+
+
+def test_arguments_of_a_class_of_ones_own(pair, config, conversations, tmp_path):
+    @dataclass
+    class OwnConfig(SFTConfig):
+        own: int = 3
+
+    args = OwnConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, learning_rate=3e-4)
+    trainer = GIFTSFTTrainer(pair[0], args, train_dataset=conversations, instruct_model=pair[1])
+    assert isinstance(trainer.args, GIFTConfig)
+    assert trainer.args.own == 3 and trainer.args.learning_rate == 3e-4
 
 
 def test_models_that_do_not_fit_are_refused(pair, config, conversations, tmp_path, make_model, no_weights):
