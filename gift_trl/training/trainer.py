@@ -180,7 +180,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             dict(zip(eval_sets, annotated, strict=True)) if isinstance(eval_dataset, Mapping) else annotated[0]
         )
 
-        self._prepared = weakref.WeakSet()
+        self._packed = weakref.WeakSet()
         super().__init__(
             model=model,
             args=args,
@@ -237,11 +237,12 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if dataset in self._prepared:
+        if dataset in self._packed:
             return dataset  # evaluating a dictionary of sets comes by twice, and packed rows are not packed again
         if self._confidence_source.is_online:
             dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-            self._prepared.add(dataset)
+            if packing:
+                self._packed.add(dataset)
             return dataset
         # SFTTrainer truncates `input_ids` and `labels` only, and packing keeps only these two: the confidences are cut
         # and packed here alike
@@ -251,7 +252,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             dataset = pack_with_confidences(dataset, args, dataset_name=dataset_name)
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
-        self._prepared.add(dataset)
+        if packing:
+            self._packed.add(dataset)
         return dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:

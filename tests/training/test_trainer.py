@@ -175,6 +175,13 @@ def test_packed_evaluation_sets_are_packed_once(pair, config, conversations, lor
     assert together["eval_x_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
 
 
+def test_one_dataset_may_be_packed_for_evaluation_only(pair, config, conversations):
+    annotated = annotate_dataset(conversations, pair[1])
+    args = config(eval_packing=True, max_length=128)
+    trainer = construct(pair, config, annotated, args=args, eval_dataset=annotated)
+    assert len(trainer.train_dataset) == 8 > len(trainer.eval_dataset)
+
+
 def test_a_prediction_leaves_nothing_behind(pair, config, conversations, lora):
     trainer = construct(pair, config, conversations, peft_config=lora)
     before = trainer.evaluate(conversations.select([0]))["eval_nll"]
