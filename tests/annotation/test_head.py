@@ -20,7 +20,6 @@ from transformers import (
 
 from gift_trl.annotation import annotate_dataset, head, read_provenance
 from gift_trl.annotation.head import target_log_probs
-from gift_trl.annotation.rows import Row
 from gift_trl.annotation.scoring import scorer_of
 
 
@@ -142,7 +141,7 @@ def test_an_unknown_head_is_refused():
         model.lm_head.weight.mul_(30)
     ids = np.arange(3, 20)
     with scorer_of(model) as scorer, pytest.raises(ValueError, match=r"`SteeredLlama` changes its logits in a way"):
-        scorer.check(Row(0, 0, ids, np.arange(1, 17), ids[1:]))
+        scorer.check(ids)
     assert "forward" not in model.__dict__
 
 
