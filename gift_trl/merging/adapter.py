@@ -5,10 +5,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+# What to do with tensors that an adapter holds whole, rather than an update of them.
+SAVED_MODULES = ("replace", "ignore")
+
+# Types whose layers merge to the same bits without the rest of the model, as the tests show one by one. The value says
+# whether the update is added to the weight, whatever the weight is: only then is the merge θ_I + M(φ).
+MERGED_TYPES = {
+    "LORA": True,
+    "LOHA": True,
+    "LOKR": True,
+    "FOURIERFT": True,
+    "WAVEFT": True,
+    "C3A": True,
+    "GRALORA": True,
+    "PEANUT": True,
+    "DELORA": False,
+    "HIRA": False,
+    "IA3": False,
+    "OFT": False,
+    "BOFT": False,
+    "HRA": False,
+    "MISS": False,
+}
+# Types whose layers can scale their update.
+_SCALED_TYPES = ("LORA", "LOHA", "LOKR")
 
 # Initialisations after which the model that was trained is no longer the base model, but base minus an initial update.
 _MUTATING_INITS = {
@@ -20,11 +45,6 @@ _MUTATING_INITS = {
 
 # Settings that change what is merged; each is given its name and what to do instead.
 _UNSUPPORTED_SETTINGS = {
-    "use_dora": ("DoRA", "train a plain LoRA (`use_dora=False`)"),
-    "lora_bias": ("a bias on LoRA B", "train with `lora_bias=False`"),
-    "modules_to_save": ("fully trained modules", "train without `modules_to_save`, targeting the modules by LoRA"),
-    "trainable_token_indices": ("trained token embeddings", "train without `trainable_token_indices`"),
-    "target_parameters": ("LoRA on bare parameters (MoE experts)", "train with `target_modules` instead"),
     "alora_invocation_tokens": (
         "activated LoRA, which is applied to some positions only and cannot be merged",
         "train without `alora_invocation_tokens`",
@@ -40,6 +60,11 @@ _UNSUPPORTED_SETTINGS = {
     "monteclora_config": ("MonteCLoRA", "train without `monteclora_config`"),
     "kasa_config": ("KaSA, which also truncates the base weights", "train without `kasa_config`"),
     "megatron_config": ("Megatron layers", "train without `megatron_config`"),
+}
+# Settings by which an adapter comes to hold trained tensors of the base model whole.
+_WHOLE_SETTINGS = {
+    "modules_to_save": "fully trained modules",
+    "trainable_token_indices": "trained token embeddings",
 }
 
 
@@ -73,36 +98,97 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def unsupported_settings(settings: Mapping[str, Any]) -> list[str]:
+def unsupported_settings(
+    settings: Mapping[str, Any], saved_modules: str | None = None, scale: float = 1.0
+) -> list[str]:
     """
     Names what in an adapter's settings cannot be merged here, or would come out wrong.
 
     Args:
         settings (`Mapping[str, Any]`):
             Contents of `adapter_config.json`.
+        saved_modules (`str`, *optional*):
+            What is to be done with tensors that the adapter holds whole.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Factor of the update.
 
     Returns:
-        `list[str]`: One sentence per reason, with its remedy; empty if plain LoRA or rsLoRA.
+        `list[str]`: One sentence per reason, with its remedy; empty if it can be merged.
     """
     peft_type = settings.get("peft_type")
-    if peft_type != "LORA":
-        return [f"The adapter is of type {peft_type}; only LoRA and rsLoRA are merged: train with `LoraConfig`."]
+    if peft_type not in MERGED_TYPES:
+        return [
+            f"The adapter is of type {peft_type}, which is not merged; these are: {', '.join(MERGED_TYPES)}. Train with "
+            "`LoraConfig`."
+        ]
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return [f"The installed PEFT does not know adapters of type {peft_type}: upgrade PEFT."]
     problems = [
         f"The adapter uses {name} (`{key}`), which is not merged: {remedy}."
         for key, (name, remedy) in _UNSUPPORTED_SETTINGS.items()
         if settings.get(key)
     ]
-    if settings.get("bias", "none") != "none":
+    if peft_type not in _SCALED_TYPES and scale != 1.0:
         problems.append(
-            f"The adapter trained the model's biases (`bias={settings['bias']!r}`), which is not merged: train with "
-            "`bias='none'`."
+            f"The scale is {scale:g}, and PEFT's {peft_type} layers have none: merge with scale 1.0, or in a recipe, where "
+            "the difference that they make is scaled."
+        )
+    if saved_modules is None:
+        whole = [f"{name} (`{key}`)" for key, name in _WHOLE_SETTINGS.items() if settings.get(key)]
+        if settings.get("bias", "none") != "none":
+            whole.append(f"the model's biases (`bias={settings['bias']!r}`)")
+        if whole:
+            problems.append(
+                f"The adapter holds {', '.join(whole)} whole, as the base model became, not as an update. Choose: "
+                "`saved_modules='ignore'` (`--saved_modules ignore`) keeps the instruct model's, `'replace'` takes the "
+                "adapter's in their place, as PEFT does. Or train without."
+            )
+    if settings.get("trainable_token_indices") and saved_modules == "ignore":
+        problems.append(
+            "The adapter's trained token embeddings (`trainable_token_indices`) cannot be left out: merge with "
+            "`saved_modules='replace'`, or train without."
         )
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         problems.append(
             f"The adapter is for the task {settings['task_type']}, not for a causal language model: train with "
             "`task_type='CAUSAL_LM'`."
         )
+    problems += _unsupported_initialisation(settings)
+    known = set(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__dataclass_fields__) | {"runtime_config"}
+    unknown = sorted(key for key, value in settings.items() if key not in known and value)
+    if unknown:
+        problems.append(
+            f"The adapter has settings that the installed PEFT does not know ({', '.join(unknown)}) and would ignore: "
+            "upgrade PEFT to the version that saved the adapter."
+        )
+    return problems
+
+
+def unusual_settings(settings: Mapping[str, Any]) -> list[str]:
+    """
+    Names what in an adapter's settings is merged, but makes the merge another one than θ_I + M(φ).
+
+    Args:
+        settings (`Mapping[str, Any]`):
+            Contents of `adapter_config.json`.
+
+    Returns:
+        `list[str]`: One sentence per reason.
+    """
+    kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
+    if not settings.get("use_dora") and MERGED_TYPES.get(kind, True):
+        return []
+    return [
+        f"A {kind} adapter does not add an update but depends on the weights it is put on: what it does to the instruct "
+        "model is not what it learned on the base model. LoRA and rsLoRA are what GIFT is made for."
+    ]
+
+
+def _unsupported_initialisation(settings: Mapping[str, Any]) -> list[str]:
+    if settings.get("peft_type") != "LORA":
+        return []
     init = str(settings.get("init_lora_weights")).lower()
+    problems = []
     for prefix, name in _MUTATING_INITS.items():
         if init.startswith(prefix):
             problems.append(
@@ -120,12 +206,5 @@ def unsupported_settings(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             "The adapter was initialised by MiCA (`init_lora_weights='mica'`), a LoRA variant that is not merged: train "
             "with `init_lora_weights=True`."
-        )
-    known = set(LoraConfig.__dataclass_fields__) | {"runtime_config"}
-    unknown = sorted(key for key, value in settings.items() if key not in known and value)
-    if unknown:
-        problems.append(
-            f"The adapter has settings that the installed PEFT does not know ({', '.join(unknown)}) and would ignore: "
-            "upgrade PEFT to the version that saved the adapter."
         )
     return problems

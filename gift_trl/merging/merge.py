@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 from transformers.utils.hub import extract_commit_hash
@@ -17,7 +16,8 @@ from gift_trl import __version__
 from gift_trl.checkpoints import ADAPTER_FILE, weights_fingerprint, write_folder
 from gift_trl.merging.preflight import MergePlan, preflight
 from gift_trl.merging.report import REPORT_FILE, MergeReport
-from gift_trl.merging.stream import DTYPES, ShardStream
+from gift_trl.merging.stream import CheckpointReader, MergedWriter, merge_targets
+from gift_trl.merging.targets import Target
 
 
 # Weights in other formats and the description of the instruct model would belie the merged one.
@@ -35,6 +35,7 @@ def merge_adapter(
     instruct_model_revision: str | None = None,
     adapter_revision: str | None = None,
     scale: float = 1.0,
+    saved_modules: str | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
     """
@@ -45,7 +46,9 @@ def merge_adapter(
     checkpoint, so that the result is the one of `merge_and_unload()`. Configuration, tokenizer and chat template come
     from the instruct model. The output folder appears when it is complete, or not at all.
 
-    Plain LoRA and rsLoRA on linear layers are merged, with rank and alpha patterns; everything else is refused by name.
+    Merged are LoRA (rsLoRA, DoRA, rank and alpha patterns, embeddings, experts) and further types of PEFT whose layers
+    merge, see `MERGED_TYPES` in `adapter.py`; everything else is refused by name. Plain LoRA takes a few megabytes of
+    memory, other types about four times the largest module that they touch.
 
     Args:
         adapter (`str` or `os.PathLike`):
@@ -60,6 +63,10 @@ def merge_adapter(
             Branch, tag or commit of the adapter on the Hub.
         scale (`float`, *optional*, defaults to `1.0`):
             λ, the factor of the update. 1.0 adds it as it was trained.
+        saved_modules (`str`, *optional*):
+            What to do with tensors of the base model that the adapter holds whole (`modules_to_save`, trained biases and
+            token embeddings): `"replace"` puts them in the place of the instruct model's, `"ignore"` leaves them out.
+            Without a choice, such an adapter is refused.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace an `output_dir` that has something in it, once the merge has succeeded.
 
@@ -74,35 +81,34 @@ def merge_adapter(
     started = time.monotonic()
     adapter, instruct_model = os.fspath(adapter), os.fspath(instruct_model)
     plan = preflight(
-        adapter,
+        [(adapter, adapter_revision)],
         instruct_model,
         output_dir,
         instruct_model_revision=instruct_model_revision,
-        adapter_revision=adapter_revision,
         scale=scale,
         overwrite=overwrite,
+        saved_modules=saved_modules,
     )
-    cautions = []
-    if plan.is_zero:
+    (update,) = plan.adapters
+    cautions = list(plan.cautions)
+    if update.is_zero:
         cautions.append("Every update of the adapter is exactly zero: nothing was learned, the merge changes nothing.")
 
-    merged: dict[str, str] = {}
-    num_changed = num_tensors = 0
+    changed: dict[str, bool] = {}
+    source = CheckpointReader(plan.shards)
     num_bytes = sum(shard.stat().st_size for shard in plan.shards)
     with (
         write_folder(output_dir, overwrite=overwrite) as folder,
-        safe_open(plan.adapter_dir / ADAPTER_FILE, framework="pt") as factors,
         # Shown only when the merge takes longer than a moment.
         tqdm(total=num_bytes, desc="Merging", unit="B", unit_scale=True, delay=2) as bar,
+        source,
+        MergedWriter(source, folder, bar) as writer,
     ):
-        stream = ShardStream(plan.targets, factors, scale, bar)
-        for shard in plan.shards:
-            for name, info, changed in stream.merge_shard(shard, folder / shard.name):
-                num_tensors += 1
-                if changed is not None:
-                    merged[name] = str(DTYPES[info.dtype]).removeprefix("torch.")
-                    num_changed += changed
-        if not num_changed and not plan.is_zero:
+        writer.copy_rest({tensor for target in update.targets for tensor in target.tensors})
+        changed.update(merge_targets(_in_file_order(update.targets, source), source, writer, scale))
+        merged = _merged_tensors(update.targets, changed, source)
+        num_changed = sum(changed.values())
+        if not num_changed and not update.is_zero:
             cautions.append(_nothing_changed(scale, set(merged.values())))
         report = MergeReport(
             output_dir=Path(output_dir).expanduser().resolve(),
@@ -110,14 +116,14 @@ def merge_adapter(
             instruct_model_commit=extract_commit_hash(str(plan.instruct_dir / "config.json"), None),
             instruct_model_fingerprint=weights_fingerprint(plan.instruct_dir),
             adapter=_public_name(adapter),
-            adapter_commit=extract_commit_hash(str(plan.adapter_dir / ADAPTER_FILE), None),
-            adapter_fingerprint=weights_fingerprint(plan.adapter_dir),
-            adapter_base_model=_public_name(plan.adapter_settings.get("base_model_name_or_path")),
-            adapter_settings={key: plan.adapter_settings.get(key) for key in _REPORTED_SETTINGS},
+            adapter_commit=extract_commit_hash(str(update.folder / ADAPTER_FILE), None),
+            adapter_fingerprint=weights_fingerprint(update.folder),
+            adapter_base_model=_public_name(update.settings.get("base_model_name_or_path")),
+            adapter_settings={key: update.settings.get(key) for key in _REPORTED_SETTINGS},
             scale=float(scale),
             merged_tensors=merged,
             num_changed=num_changed,
-            num_tensors=num_tensors,
+            num_tensors=len(source.tensors),
             num_bytes=num_bytes,
             versions={"gift_trl": __version__, **{library: version(library) for library in _REPORTED_LIBRARIES}},
             duration_s=round(time.monotonic() - started, 3),
@@ -128,6 +134,22 @@ def merge_adapter(
     for caution in cautions:
         warnings.warn(caution, UserWarning, stacklevel=2)
     return report
+
+
+def _in_file_order(targets: list[Target], source: CheckpointReader) -> list[Target]:
+    position = {name: index for index, name in enumerate(source.tensors)}
+    return sorted(targets, key=lambda target: min(position[tensor] for tensor in target.tensors))
+
+
+def _merged_tensors(targets: list[Target], changed: dict[str, bool], source: CheckpointReader) -> dict[str, str]:
+    """The tensors that received an update, in the order of the checkpoint, with their dtypes."""
+    # Of a module's further parameters, such as the bias that some methods scale, only those that did change.
+    main = {tensor for target in targets for tensor in next(iter(target.parameters.values())).tensors}
+    return {
+        name: str(tensor.dtype).removeprefix("torch.")
+        for name, tensor in source.tensors.items()
+        if name in main or changed.get(name)
+    }
 
 
 def _copy_companions(plan: MergePlan, folder: Path) -> None:
@@ -151,7 +173,7 @@ def _nothing_changed(scale: float, dtypes: set[str]) -> str:
     if scale == 0:
         return "The scale is 0: the merged checkpoint is the instruct model."
     return (
-        f"No tensor changed, although the adapter is not zero: every update was lost in rounding to "
+        f"No tensor changed: the adapter learned nothing, or every update was lost in rounding to "
         f"{', '.join(sorted(dtypes))}. Merge with a larger scale, or into a float32 copy of the instruct checkpoint."
     )
 

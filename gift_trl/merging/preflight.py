@@ -3,18 +3,19 @@
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import TensorInfo
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
+from yaml import YAMLError
 
 from gift_trl.checkpoints import (
     ADAPTER_FILE,
@@ -23,9 +24,41 @@ from gift_trl.checkpoints import (
     read_header,
     safetensors_files,
 )
-from gift_trl.merging.adapter import ADAPTER_CONFIG_FILE, read_adapter_config, unsupported_settings
-from gift_trl.merging.targets import Target, build_skeleton, find_targets
-from gift_trl.model_pair import check_same_architecture
+from gift_trl.merging.adapter import (
+    ADAPTER_CONFIG_FILE,
+    SAVED_MODULES,
+    read_adapter_config,
+    unsupported_settings,
+    unusual_settings,
+)
+from gift_trl.merging.conversion import build_skeleton
+from gift_trl.merging.targets import Target, find_targets
+from gift_trl.model_pair import check_same_architecture, load_tokenizer, vocabulary_conflicts
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """
+    An adapter that has passed its checks.
+
+    Args:
+        name (`str`):
+            Folder or Hub id, as it was given.
+        folder (`Path`):
+            Its folder.
+        settings (`dict[str, Any]`):
+            Contents of its `adapter_config.json`.
+        targets (`list[Target]`):
+            The modules that it updates.
+        is_zero (`bool`):
+            Whether every update is exactly zero.
+    """
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    targets: list[Target]
+    is_zero: bool
 
 
 @dataclass(frozen=True)
@@ -34,26 +67,20 @@ class MergePlan:
     A merge that has passed its checks.
 
     Args:
-        adapter_dir (`Path`):
-            Adapter folder.
-        adapter_settings (`dict[str, Any]`):
-            Contents of its `adapter_config.json`.
+        adapters (`list[AdapterPlan]`):
+            The adapters.
         instruct_dir (`Path`):
             Folder of the instruct checkpoint.
         shards (`list[Path]`):
             Its safetensors files.
-        targets (`dict[str, Target]`):
-            The update of each targeted tensor.
-        is_zero (`bool`):
-            Whether every update is exactly zero.
+        cautions (`list[str]`):
+            What is supported but may not be meant.
     """
 
-    adapter_dir: Path
-    adapter_settings: dict[str, Any]
+    adapters: list[AdapterPlan]
     instruct_dir: Path
     shards: list[Path]
-    targets: dict[str, Target]
-    is_zero: bool
+    cautions: list[str]
 
 
 class _Findings(list[str]):
@@ -65,42 +92,42 @@ class _Findings(list[str]):
         except (OSError, ValueError) as error:
             self.append(str(error))
 
-    def raise_any(self, adapter: str, instruct_model: str) -> None:
+    def raise_any(self, adapters: str, instruct_model: str) -> None:
         if len(self) == 1:
-            raise ValueError(f"Cannot merge '{adapter}' into '{instruct_model}'. {self[0]}")
+            raise ValueError(f"Cannot merge {adapters} into '{instruct_model}'. {self[0]}")
         if self:
             listed = "".join(f"\n  {number}. {finding}" for number, finding in enumerate(self, start=1))
-            raise ValueError(f"Cannot merge '{adapter}' into '{instruct_model}', for {len(self)} reasons:{listed}")
+            raise ValueError(f"Cannot merge {adapters} into '{instruct_model}', for {len(self)} reasons:{listed}")
 
 
 def preflight(
-    adapter: str,
+    adapters: Sequence[tuple[str, str | None]],
     instruct_model: str,
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike | None,
     *,
     instruct_model_revision: str | None,
-    adapter_revision: str | None,
     scale: float,
-    overwrite: bool,
+    overwrite: bool = False,
+    saved_modules: str | None = None,
 ) -> MergePlan:
     """
     Checks a merge and finds the tensors that it changes.
 
     Args:
-        adapter (`str`):
-            Adapter folder or Hub id.
+        adapters (`Sequence[tuple[str, str | None]]`):
+            Folder or Hub id of each adapter, and its revision on the Hub.
         instruct_model (`str`):
             Checkpoint folder or Hub id.
-        output_dir (`str` or `os.PathLike`):
-            Folder of the merged checkpoint.
+        output_dir (`str` or `os.PathLike`, *optional*):
+            Folder of the merged checkpoint. `None` if none is written.
         instruct_model_revision (`str`, *optional*):
             Revision of the instruct model on the Hub.
-        adapter_revision (`str`, *optional*):
-            Revision of the adapter on the Hub.
         scale (`float`):
             Factor of the update.
-        overwrite (`bool`):
+        overwrite (`bool`, *optional*, defaults to `False`):
             Whether an existing output may be replaced.
+        saved_modules (`str`, *optional*):
+            What to do with tensors that an adapter holds whole: `"replace"` or `"ignore"`. They are refused otherwise.
 
     Returns:
         `MergePlan`: What to do.
@@ -108,55 +135,86 @@ def preflight(
     Raises:
         `ValueError`: With everything that was found, each with its remedy.
     """
-    findings = _Findings()
+    findings, cautions = _Findings(), []
+    title = ", ".join(f"'{name}'" for name, _ in adapters)
     if not math.isfinite(scale):
         findings.append(f"The scale is {scale}: pass a finite number, 1.0 for the update as it was trained.")
+    if saved_modules not in (None, *SAVED_MODULES):
+        findings.append(f"`saved_modules` is {saved_modules!r}: pass one of {', '.join(map(repr, SAVED_MODULES))}.")
     output = None
-    with findings.collect():
-        output = check_output_folder(output_dir, overwrite=overwrite)
-
-    adapter_dir = settings = factors = None
-    with findings.collect():
-        adapter_dir = checkpoint_folder(adapter, adapter_revision)
-        settings = read_adapter_config(adapter_dir)
-    supported = settings is not None
-    if supported and (unsupported := unsupported_settings(settings)):
-        findings += unsupported
-        supported = False
-    if settings is not None:
+    if output_dir is not None:
         with findings.collect():
-            factors = _adapter_header(adapter_dir)
+            output = check_output_folder(output_dir, overwrite=overwrite)
+    loaded = [_read_adapter(name, revision, scale, saved_modules, findings) for name, revision in adapters]
 
     # The configuration comes first: an unfit model should not be downloaded to be refused.
     instruct_dir = config = None
     with findings.collect():
         instruct_dir = checkpoint_folder(instruct_model, instruct_model_revision, weights=False)
         config = _instruct_config(instruct_dir)
-    if config is not None and settings is not None:
-        with findings.collect():
-            _check_recorded_base(settings, instruct_dir)
+    for adapter in loaded:
+        if adapter.settings is not None and config is not None:
+            with findings.collect():
+                _check_recorded_base(adapter.settings, instruct_dir)
+            with findings.collect():
+                cautions += _check_tokenizers(adapter.folder, instruct_dir)
+            cautions += _foreign_base(adapter.settings, instruct_model, instruct_dir)
+            cautions += unusual_settings(adapter.settings)
     if output is not None:
-        findings += _overlaps(output, adapter_dir, instruct_dir)
-    is_zero = False
-    if factors is not None and supported:
-        is_zero = _check_values(adapter_dir / ADAPTER_FILE, factors, findings)
+        findings += _overlaps(output, *(adapter.folder for adapter in loaded), instruct_dir)
     if findings and instruct_dir != Path(instruct_model).expanduser():
-        findings.raise_any(adapter, instruct_model)
+        findings.raise_any(title, instruct_model)
 
-    shards, targets = [], {}
+    shards, tensors = [], {}
     if config is not None:
         with findings.collect():
             instruct_dir = checkpoint_folder(instruct_model, instruct_model_revision)
             shards = safetensors_files(instruct_dir)
-    if shards and factors is not None and supported:
-        with findings.collect():
             tensors = {name: info for shard in shards for name, info in read_header(shard)[0].tensors.items()}
-            targets, misfits = find_targets(settings, factors, build_skeleton(config), tensors)
+    plans = []
+    for adapter in loaded:
+        if not tensors or not adapter.tensors:
+            continue
+        with findings.collect():
+            targets, misfits = find_targets(
+                adapter.settings, adapter.tensors, build_skeleton(config), tensors, saved_modules
+            )
             findings += misfits
+            plans.append(AdapterPlan(adapter.name, adapter.folder, adapter.settings, targets, adapter.is_zero))
     if shards and output is not None:
         findings += _disk_problems(output, sum(shard.stat().st_size for shard in shards))
-    findings.raise_any(adapter, instruct_model)
-    return MergePlan(adapter_dir, settings, instruct_dir, shards, targets, is_zero)
+    findings.raise_any(title, instruct_model)
+    return MergePlan(plans, instruct_dir, shards, cautions)
+
+
+@dataclass
+class _Adapter:
+    name: str
+    folder: Path | None = None
+    settings: dict[str, Any] | None = None
+    tensors: dict[str, torch.Tensor] | None = None
+    is_zero: bool = False
+
+
+def _read_adapter(
+    name: str, revision: str | None, scale: float, saved_modules: str | None, findings: _Findings
+) -> _Adapter:
+    adapter = _Adapter(name)
+    with findings.collect():
+        adapter.folder = checkpoint_folder(name, revision)
+        adapter.settings = read_adapter_config(adapter.folder)
+    if adapter.settings is None:
+        return adapter
+    unsupported = unsupported_settings(adapter.settings, saved_modules, scale)
+    findings += unsupported
+    with findings.collect():
+        header = _adapter_header(adapter.folder)
+        with safe_open(adapter.folder / ADAPTER_FILE, framework="pt") as file:
+            # Mapped into memory, not read: their values come from the file where they are used.
+            tensors = {key: file.get_tensor(key) for key in header}
+        adapter.is_zero = _check_values(tensors, findings)
+        adapter.tensors = None if unsupported else tensors
+    return adapter
 
 
 def _adapter_header(folder: Path) -> dict[str, TensorInfo]:
@@ -174,7 +232,7 @@ def _adapter_header(folder: Path) -> dict[str, TensorInfo]:
             f"'{folder / ADAPTER_FILE}' holds no tensors: save the adapter again, with all its parameters gathered if it "
             "was trained under ZeRO-3 or FSDP."
         )
-    odd = sorted({info.dtype for info in tensors.values()} - {"F64", "F32", "F16", "BF16"})
+    odd = sorted({info.dtype for info in tensors.values()} - {"F64", "F32", "F16", "BF16", "I32", "I64"})
     if odd:
         raise ValueError(f"The adapter is stored as {', '.join(odd)}: save it in float32 or bfloat16.")
     return tensors
@@ -256,21 +314,62 @@ def _disk_problems(output: Path, num_bytes: int) -> list[str]:
     return problems
 
 
-def _check_values(path: Path, factors: dict[str, TensorInfo], findings: list[str]) -> bool:
-    """Looks for values that are not finite; returns whether every update is zero, having a zero factor."""
+def _check_values(tensors: dict[str, torch.Tensor], findings: list[str]) -> bool:
+    """Looks for values that are not finite; returns whether every update of LoRA is zero, having a zero factor."""
     broken, zeros = [], set()
-    with safe_open(path, framework="pt") as file:
-        for key in factors:
-            tensor = file.get_tensor(key)
-            # The extremes show a NaN or an infinity without a copy of the tensor.
-            extremes = torch.stack(tensor.aminmax()) if tensor.numel() else tensor
-            if not extremes.isfinite().all():
-                broken.append(key)
-            if not extremes.any():
-                zeros.add(key.rpartition(".lora_")[0])
+    for key, tensor in tensors.items():
+        # The extremes show a NaN or an infinity without a copy of the tensor.
+        extremes = torch.stack(tensor.aminmax()) if tensor.numel() else tensor
+        if extremes.is_floating_point() and not extremes.isfinite().all():
+            broken.append(key)
+        if not extremes.any():
+            zeros.add(key.rpartition(".lora_")[0])
     if broken:
         findings.append(
-            f"{len(broken)} of {len(factors)} tensors of the adapter hold NaN or infinite values (first: {broken[0]}): the "
+            f"{len(broken)} of {len(tensors)} tensors of the adapter hold NaN or infinite values (first: {broken[0]}): the "
             "training diverged; train again with a lower learning rate, or take an earlier adapter."
         )
-    return all(key.rpartition(".lora_")[0] in zeros for key in factors)
+    return all(".lora_" in key and key.rpartition(".lora_")[0] in zeros for key in tensors)
+
+
+def _check_tokenizers(adapter_dir: Path, instruct_dir: Path) -> list[str]:
+    """Compares the tokenizer that was saved with the adapter with the instruct model's, where both have one."""
+    files = [folder / "tokenizer.json" for folder in (adapter_dir, instruct_dir)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return []
+    trained, instruct = (load_tokenizer(str(folder)) for folder in (adapter_dir, instruct_dir))
+    if conflicts := vocabulary_conflicts(trained, instruct):
+        raise ValueError(
+            f"The tokenizer saved with the adapter and the instruct model's do not fit together: {conflicts}. The adapter "
+            "was trained on token ids that mean something else here: pass the instruct model whose tokenizer it was "
+            "trained with."
+        )
+    tokens, others = ({i: token for token, i in t.get_vocab().items()} for t in (trained, instruct))
+    renamed = [i for i in sorted(tokens.keys() & others.keys()) if tokens[i] != others[i]]
+    if not renamed:
+        return []
+    shown = ", ".join(f"{i} ({tokens[i]!r} against {others[i]!r})" for i in renamed[:3])
+    return [
+        f"The tokenizer saved with the adapter names {len(renamed)} special tokens otherwise than the instruct model's, the "
+        f"first being {shown}: if the adapter was trained in a chat format, it was another one."
+    ]
+
+
+def _foreign_base(settings: dict[str, Any], instruct_model: str, instruct_dir: Path) -> list[str]:
+    """Compares the adapter's base model with the one that the instruct model's card names."""
+    base, card = settings.get("base_model_name_or_path"), instruct_dir / "README.md"
+    if not base or not card.is_file() or base == instruct_model:
+        return []
+    try:
+        known = ModelCard(card.read_text(encoding="utf-8")).data.base_model
+    except (ValueError, YAMLError):
+        return []  # a card that cannot be read says nothing
+    known = [known] if isinstance(known, str) else list(known or [])
+    # The last part only: mirrors and local copies keep it
+    names = {name.rstrip("/").rpartition("/")[2].lower() for name in known}
+    if not names or base.rstrip("/").rpartition("/")[2].lower() in names:
+        return []
+    return [
+        f"The adapter was trained on '{base}', while the instruct model's card says that it was made from "
+        f"{', '.join(known)}: an update of another model may do harm. `--base_model` reports how far the two are related."
+    ]

@@ -1,123 +1,368 @@
-"""One safetensors file of the instruct checkpoint after the other, with the targeted tensors updated on the way."""
+"""The instruct checkpoint on its way to the merged one: untouched bytes are copied, targeted tensors updated in between."""
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from huggingface_hub.utils import TensorInfo
-from safetensors import safe_open
 from tqdm import tqdm
 
 from gift_trl.checkpoints import read_header
+from gift_trl.merging.conversion import DTYPES, StoredParameter
 from gift_trl.merging.targets import Target
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK_BYTES = 4 * 2**20
+# How a kernel or a file system says that it cannot copy between files by itself.
+_NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
-_CHUNK_BYTES = 8 * 2**20
 
-
-class ShardStream:
+@dataclass(frozen=True)
+class StoredTensor:
     """
-    Copies safetensors files, adding the adapter's updates to the tensors that it targets.
-
-    In memory are one targeted tensor and PEFT's intermediate results for it; all else passes through a small buffer.
+    Where a tensor lies.
 
     Args:
-        targets (`Mapping[str, Target]`):
-            The update of each targeted tensor, by its name in the checkpoint.
-        adapter (`safe_open`):
-            Open adapter file.
-        scale (`float`):
-            Factor of the updates.
+        name (`str`):
+            Its name.
+        shard (`Path`):
+            The file.
+        start (`int`):
+            Its first byte in the file.
+        info (`TensorInfo`):
+            Dtype and shape.
+    """
+
+    name: str
+    shard: Path
+    start: int
+    info: TensorInfo
+
+    @property
+    def num_bytes(self) -> int:
+        return self.info.data_offsets[1] - self.info.data_offsets[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.info.dtype]
+
+
+class CheckpointReader:
+    """
+    Tensors of a checkpoint by name, whole or in part.
+
+    Args:
+        shards (`Iterable[Path]`):
+            Its safetensors files.
+    """
+
+    def __init__(self, shards: Iterable[Path]):
+        self.tensors: dict[str, StoredTensor] = {}
+        self.data_starts: dict[Path, int] = {}
+        for shard in shards:
+            header, data_start = read_header(shard)
+            self.data_starts[shard] = data_start
+            for name, info in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
+                self.tensors[name] = StoredTensor(name, shard, data_start + info.data_offsets[0], info)
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> "CheckpointReader":
+        for shard in self.data_starts:
+            # Unbuffered: what is read goes straight to the tensor
+            self._files[shard] = open(shard, "rb", buffering=0)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """
+        Reads a tensor.
+
+        Args:
+            name (`str`):
+                Its name.
+
+        Returns:
+            `torch.Tensor`: The tensor.
+
+        Raises:
+            `OSError`: If the file ends before its header says so.
+        """
+        tensor = self.tensors[name]
+        return self.read_bytes(tensor, 0, tensor.num_bytes).view(tensor.dtype).view(tensor.info.shape)
+
+    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """
+        Reads some rows of a tensor of two dimensions.
+
+        Args:
+            name (`str`):
+                Its name.
+            start (`int`):
+                First row.
+            end (`int`):
+                Row after the last.
+
+        Returns:
+            `torch.Tensor` of shape `(end - start, columns)`: The rows.
+        """
+        tensor = self.tensors[name]
+        row = tensor.num_bytes // tensor.info.shape[0]
+        part = self.read_bytes(tensor, start * row, (end - start) * row)
+        return part.view(tensor.dtype).view(end - start, tensor.info.shape[1])
+
+    def read_bytes(self, tensor: StoredTensor, start: int, num_bytes: int) -> torch.Tensor:
+        """
+        Reads bytes of a tensor.
+
+        Args:
+            tensor (`StoredTensor`):
+                The tensor.
+            start (`int`):
+                First byte, counted from the beginning of the tensor.
+            num_bytes (`int`):
+                Number of bytes.
+
+        Returns:
+            `torch.Tensor` of shape `(num_bytes,)`, uint8: The bytes.
+        """
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        _read_into(self._files[tensor.shard], tensor.start + start, memoryview(buffer.numpy()))
+        return buffer
+
+
+class MergedWriter:
+    """
+    Writes the files of the merged checkpoint: those of the instruct checkpoint, with the bytes of some tensors replaced.
+
+    Dtypes and shapes stay, so the headers do too: order, offsets and metadata with them.
+
+    Args:
+        source (`CheckpointReader`):
+            The instruct checkpoint, open.
+        folder (`Path`):
+            Folder to write to.
         progress (`tqdm`):
             Progress bar that counts bytes.
     """
 
-    def __init__(self, targets: Mapping[str, Target], adapter: safe_open, scale: float, progress: tqdm):
-        self.targets = targets
-        self.adapter = adapter
-        self.scale = scale
+    def __init__(self, source: CheckpointReader, folder: Path, progress: tqdm):
+        self.source = source
+        self.folder = folder
         self.progress = progress
-        # Kept from tensor to tensor: large blocks that come and go fragment the heap, which then never shrinks.
-        self._chunk = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
-        self._weight = torch.empty(0, dtype=torch.uint8)
+        self._files: dict[Path, BinaryIO] = {}
 
-    def merge_shard(self, shard: Path, output: Path) -> Iterator[tuple[str, TensorInfo, bool | None]]:
+    def __enter__(self) -> "MergedWriter":
+        for shard in self.source.data_starts:
+            file = self._files[shard] = open(self.folder / shard.name, "xb", buffering=0)
+            _reserve(file, shard.stat().st_size)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def copy_rest(self, touched: set[str]) -> None:
         """
-        Writes the merged copy of one file, tensor by tensor as the iterator is consumed.
+        Copies everything but some tensors.
 
         Args:
-            shard (`Path`):
-                File of the instruct checkpoint.
-            output (`Path`):
-                File to write.
-
-        Yields:
-            `tuple[str, TensorInfo, bool | None]`: Name, dtype and shape of each tensor, and whether it differs from the
-            instruct model's, `None` for one that is no target.
-
-        Raises:
-            `ValueError`: If a targeted tensor is not finite, before or after the merge.
-            `OSError`: If the file ends before its header says so.
+            touched (`set[str]`):
+                Names of the tensors that will be written.
         """
-        header, data_start = read_header(shard)
-        with open(shard, "rb") as source, open(output, "wb") as target:
-            # Dtypes and shapes stay, so the header does too: order, offsets and metadata with it.
-            self._copy(source, target, data_start)
-            for name, info in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
-                if name in self.targets:
-                    changed = self._merge_tensor(name, info, source, target)
-                else:
-                    changed = None
-                    self._copy(source, target, info.data_offsets[1] - info.data_offsets[0])
-                yield name, info, changed
+        for shard, file in self._files.items():
+            position, size = 0, shard.stat().st_size
+            tensors = (self.source.tensors[name] for name in touched)
+            for tensor in sorted((t for t in tensors if t.shard == shard), key=lambda t: t.start):
+                self._copy(shard, file, position, tensor.start)
+                position = tensor.start + tensor.num_bytes
+            self._copy(shard, file, position, size)
 
-    def _merge_tensor(self, name: str, info: TensorInfo, source: BinaryIO, target: BinaryIO) -> bool:
-        start, num_bytes = source.tell(), info.data_offsets[1] - info.data_offsets[0]
-        if num_bytes > len(self._weight):
-            self._weight = torch.empty(num_bytes, dtype=torch.uint8)
-        stored = self._weight[:num_bytes]
-        _read_into(source, stored)
-        weight = stored.view(DTYPES[info.dtype]).view(info.shape)
-        if not _is_finite(weight):
-            raise ValueError(
-                f"'{name}' of the instruct checkpoint holds NaN or infinite values: copy or download the checkpoint again."
-            )
-        weight = self.targets[name].merge(weight, self.adapter, self.scale)
-        if not _is_finite(weight):
-            raise ValueError(
-                f"'{name}' holds NaN or infinite values after the merge: the update is too large for {weight.dtype}. Merge "
-                "with a smaller scale, or train the adapter with a lower learning rate."
-            )
-        target.write(memoryview(weight.contiguous().view(-1).view(torch.uint8).numpy()))
-        # The original comes from the file once more, piece by piece: PEFT merges in place, and a copy would cost memory.
-        source.seek(start)
-        changed = False
-        for piece in weight.view(-1).split(_CHUNK_BYTES // weight.element_size()):
-            original = self._chunk[: piece.nbytes]
-            _read_into(source, original)
-            changed = changed or not torch.equal(piece, original.view(piece.dtype))
-        self.progress.update(num_bytes)
-        return changed
+    def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
+        """
+        Writes a tensor or a part of it.
 
-    def _copy(self, source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
-        while num_bytes:
-            part = self._chunk[:num_bytes]
-            _read_into(source, part)
-            target.write(memoryview(part.numpy()))
-            self.progress.update(len(part))
-            num_bytes -= len(part)
+        Args:
+            name (`str`):
+                Its name.
+            values (`torch.Tensor`):
+                The values, in its dtype.
+            start (`int`, *optional*, defaults to `0`):
+                Where they begin in it, in elements.
+        """
+        tensor = self.source.tensors[name]
+        data = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        file, position = self._files[tensor.shard], tensor.start + start * values.element_size()
+        file.seek(position)
+        while data:
+            written = file.write(data)
+            data = data[written:]
+        self.progress.update(values.nbytes)
+
+    def _copy(self, shard: Path, target: BinaryIO, position: int, end: int) -> None:
+        source = self.source._files[shard]
+        while position < end:
+            count = min(end - position, 16 * _CHUNK_BYTES)
+            copied = _copy_range(source, target, position, count)
+            self.progress.update(copied)
+            position += copied
 
 
-def _read_into(source: BinaryIO, buffer: torch.Tensor) -> None:
-    if source.readinto(memoryview(buffer.numpy())) != len(buffer):
-        raise OSError(
-            f"'{source.name}' ended early: it was changed during the merge. Merge again when it is complete."
+def merge_targets(
+    targets: Iterable[Target], source: CheckpointReader, writer: MergedWriter, scale: float
+) -> Iterator[tuple[str, bool]]:
+    """
+    Writes the merged values of every target, as the iterator is consumed.
+
+    In memory is a block of rows of plain LoRA, of other kinds of adapter one module and PEFT's intermediate results for it.
+
+    Args:
+        targets (`Iterable[Target]`):
+            The targets.
+        source (`CheckpointReader`):
+            The instruct checkpoint, open.
+        writer (`MergedWriter`):
+            Where to write.
+        scale (`float`):
+            Factor of the updates.
+
+    Yields:
+        `tuple[str, bool]`: Name of each tensor, and whether it differs from the instruct model's.
+
+    Raises:
+        `ValueError`: If a tensor is not finite, before or after the merge.
+        `OSError`: If a file ends before its header says so, or the disk fails.
+    """
+    for target in targets:
+        if target.merges_by_rows:
+            (name,) = target.tensors
+            yield name, _merge_by_rows(target, name, source, writer, scale)
+            continue
+        weights = {
+            name: stored.assemble({tensor: source.read(tensor) for tensor in stored.tensors})
+            for name, stored in target.parameters.items()
+        }
+        merged = target.merge(weights, scale)
+        del weights
+        yield from write_module(target.parameters, merged, source, writer)
+
+
+def write_module(
+    parameters: Mapping[str, StoredParameter],
+    merged: dict[str, torch.Tensor],
+    source: CheckpointReader,
+    writer: MergedWriter,
+) -> Iterator[tuple[str, bool]]:
+    """
+    Writes the parameters of a module.
+
+    Args:
+        parameters (`Mapping[str, StoredParameter]`):
+            The parameters by their name in the module.
+        merged (`dict[str, torch.Tensor]`):
+            Their values. It is emptied on the way.
+        source (`CheckpointReader`):
+            The instruct checkpoint, open.
+        writer (`MergedWriter`):
+            Where to write.
+
+    Yields:
+        `tuple[str, bool]`: Name of each tensor, and whether it differs from the instruct model's.
+
+    Raises:
+        `ValueError`: If a value is not finite.
+    """
+    for name, stored in parameters.items():
+        parts = stored.take_apart(merged.pop(name))
+        while parts:
+            tensor, values = parts.popitem()
+            values = values.contiguous()
+            if not _is_finite(values):
+                raise _not_finite(tensor, source, values.dtype)
+            writer.write(tensor, values)
+            yield tensor, _differs(values, source, tensor)
+
+
+def _merge_by_rows(target: Target, name: str, source: CheckpointReader, writer: MergedWriter, scale: float) -> bool:
+    changed = False
+    columns = source.tensors[name].info.shape[1]
+    for start, end in target.layer.row_blocks(*source.tensors[name].info.shape):
+        rows = source.read_rows(name, start, end)
+        before = None if changed else rows.clone()
+        rows = target.layer.merge_block(rows, start, scale)
+        if not _is_finite(rows):
+            raise _not_finite(name, source, rows.dtype)
+        writer.write(name, rows, start * columns)
+        changed = changed or not torch.equal(rows, before)
+    return changed
+
+
+def _not_finite(name: str, source: CheckpointReader, dtype: torch.dtype) -> ValueError:
+    if not _is_finite(source.read(name)):
+        return ValueError(
+            f"'{name}' of the instruct checkpoint holds NaN or infinite values: copy or download the checkpoint again."
         )
+    return ValueError(
+        f"'{name}' holds NaN or infinite values after the merge: the update is too large for {dtype}. Merge with a smaller "
+        "scale, or train the adapter with a lower learning rate."
+    )
 
 
-def _is_finite(weight: torch.Tensor) -> bool:
-    # The extremes show a NaN or an infinity without a copy of the tensor.
-    return bool(torch.stack(weight.aminmax()).isfinite().all())
+def _differs(values: torch.Tensor, source: CheckpointReader, name: str) -> bool:
+    # The original comes from the file once more, piece by piece: PEFT merges in place, and a copy would cost memory.
+    tensor, start = source.tensors[name], 0
+    for piece in values.view(-1).split(_CHUNK_BYTES // values.element_size()):
+        if not torch.equal(piece, source.read_bytes(tensor, start, piece.nbytes).view(piece.dtype)):
+            return True
+        start += piece.nbytes
+    return False
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # A finite sum has finite terms, and is the quickest to have; one that is not may only be large.
+    return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    # So that a full disk shows at once; where that cannot be, it shows when it is full.
+    with contextlib.suppress(AttributeError):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NO_COPY:
+                raise
+    file.truncate(size)
+
+
+def _copy_range(source: BinaryIO, target: BinaryIO, position: int, count: int) -> int:
+    with contextlib.suppress(AttributeError):
+        try:
+            copied = os.copy_file_range(source.fileno(), target.fileno(), count, position, position)
+            if copied:
+                return copied
+        except OSError as error:
+            if error.errno not in _NO_COPY:
+                raise
+    buffer = memoryview(bytearray(min(count, _CHUNK_BYTES)))
+    _read_into(source, position, buffer)
+    target.seek(position)
+    return target.write(buffer)
+
+
+def _read_into(source: BinaryIO, position: int, buffer: memoryview) -> None:
+    source.seek(position)
+    while buffer:
+        count = source.readinto(buffer)
+        if not count:
+            raise OSError(
+                f"'{source.name}' ended early: it was changed during the merge. Merge again when it is complete."
+            )
+        buffer = buffer[count:]

@@ -1,246 +1,162 @@
-"""Which tensors of the instruct checkpoint an adapter updates, and PEFT's arithmetic on one of them."""
+"""Which tensors of the instruct checkpoint an adapter updates, and what of it does not fit."""
 
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.utils import TensorInfo
-from peft import LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners import lora
-from safetensors import safe_open
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import PreTrainedModel
 
 from gift_trl.merging.adapter import ADAPTER_CONFIG_FILE
+from gift_trl.merging.conversion import DTYPES, StoredParameter, stored_parameters
+from gift_trl.merging.layers import ADAPTER_NAME, PREFIX, AdapterLayer, LoadedAdapter, load_adapter
 
 
-_ADAPTER_NAME = "default"
-_LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+# PEFT saves such layers whole, under these names inside the module.
+_WHOLE = re.compile(rf"\.(base_layer|original_module|modules_to_save\.{ADAPTER_NAME})(?=\.)")
 
 
 @dataclass(frozen=True)
 class Target:
     """
-    One tensor of the instruct checkpoint and the update that it receives.
+    A module of the instruct model that the adapter updates.
 
     Args:
-        layer ([`~peft.tuners.lora.Linear`]):
-            PEFT's layer for it, without weights.
-        lora_A (`str`):
-            Name of the down projection in the adapter file.
-        lora_B (`str`):
-            Name of the up projection in the adapter file.
+        module (`str`):
+            Its name.
+        parameters (`dict[str, StoredParameter]`):
+            The parameters that take part, by their name in the module, and the tensors that hold them.
+        layer ([`AdapterLayer`], *optional*):
+            PEFT's layer for it.
+        replacement (`torch.Tensor`, *optional*):
+            What takes the place of its only parameter, in place of a layer.
     """
 
-    layer: lora.Linear
-    lora_A: str
-    lora_B: str
+    module: str
+    parameters: dict[str, StoredParameter]
+    layer: AdapterLayer | None = None
+    replacement: torch.Tensor | None = None
 
-    @torch.no_grad()
-    def merge(self, weight: torch.Tensor, adapter: safe_open, scale: float) -> torch.Tensor:
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors of the checkpoint that it may change."""
+        return [tensor for stored in self.parameters.values() for tensor in stored.tensors]
+
+    @property
+    def merges_by_rows(self) -> bool:
+        """Whether the update needs no more than some rows of the one tensor at a time."""
+        stored = list(self.parameters.values())
+        return self.layer is not None and self.layer.merges_by_rows and len(stored) == 1 and not stored[0].converter
+
+    def merge(self, weights: Mapping[str, torch.Tensor], scale: float = 1.0) -> dict[str, torch.Tensor]:
         """
-        Adds the update to a weight, by PEFT's own layer.
+        Merges the update into the module.
 
         Args:
-            weight (`torch.Tensor`):
-                Weight of the instruct model, two-dimensional, of any floating dtype. It may be changed in place.
-            adapter (`safe_open`):
-                Open adapter file.
-            scale (`float`):
-                Factor of the update.
+            weights (`Mapping[str, torch.Tensor]`):
+                Its parameters by their name in it. They may be changed in place.
+            scale (`float`, *optional*, defaults to `1.0`):
+                Factor of the update. A replacement is not scaled.
 
         Returns:
-            `torch.Tensor`: The merged weight, of the same shape and dtype.
-
-        Raises:
-            `RuntimeError`: If PEFT's layer did not merge.
+            `dict[str, torch.Tensor]`: The merged parameters, of the same shapes and dtypes.
         """
-        layer, base_layer = self.layer, self.layer.get_base_layer()
-        slots = (
-            (base_layer, weight),
-            # PEFT keeps a half-precision adapter in float32 when it loads one, and so multiplies in float32.
-            *(
-                (factor[_ADAPTER_NAME], adapter.get_tensor(key).to(torch.promote_types(weight.dtype, torch.float32)))
-                for factor, key in ((layer.lora_A, self.lora_A), (layer.lora_B, self.lora_B))
-            ),
-        )
-        empty = [module.weight for module, _ in slots]
-        try:
-            for module, tensor in slots:
-                module.weight = nn.Parameter(tensor, requires_grad=False)
-            layer.set_scale(_ADAPTER_NAME, scale)
-            layer.merge(adapter_names=[_ADAPTER_NAME])
-            # A layer without its adapter merges nothing and says nothing.
-            if not layer.merged:
-                raise RuntimeError(f"PEFT merged nothing into the layer of '{self.lora_A}'.")
-            return base_layer.weight.data
-        finally:
-            layer.merged_adapters.clear()
-            for (module, _), parameter in zip(slots, empty, strict=True):
-                module.weight = parameter
-
-
-def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """
-    Builds the instruct model without weights.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Its configuration.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: The model on the meta device.
-    """
-    # The class that TRL trains: the one named in the configuration, if transformers has it.
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config) if architecture is None else architecture(config)
-
-
-def checkpoint_names(model: PreTrainedModel, tensors: list[str]) -> dict[str, str]:
-    """
-    Maps the parameters of a model to the tensors of its checkpoint, as transformers does on loading.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, which may be without weights.
-        tensors (`list[str]`):
-            Names in the checkpoint.
-
-    Returns:
-        `dict[str, str]`: Parameter name to tensor name. Parameters that transformers makes out of several tensors, or
-        out of a part of one, are left out.
-    """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
-    parameters = model.state_dict()
-    names = {}
-    for tensor in tensors:
-        name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, parameters)
-        if name not in parameters and tensor in parameters:
-            name, pattern = tensor, None
-        if name in parameters and pattern is None:
-            names[name] = tensor
-    return names
+        if self.layer is None:
+            return {name: self.replacement.to(weight.dtype) for name, weight in weights.items()}
+        if self.merges_by_rows:
+            return {name: self.layer.merge_rows(weight, scale) for name, weight in weights.items()}
+        return self.layer.merge(weights, scale)
 
 
 def find_targets(
     settings: Mapping[str, Any],
-    adapter: Mapping[str, TensorInfo],
+    adapter: Mapping[str, torch.Tensor],
     model: PreTrainedModel,
     checkpoint: Mapping[str, TensorInfo],
-) -> tuple[dict[str, Target], list[str]]:
+    saved_modules: str | None = None,
+) -> tuple[list[Target], list[str]]:
     """
-    Matches the adapter's tensors with those of the instruct checkpoint. Reads no weights.
+    Matches the adapter's tensors with those of the instruct checkpoint. Reads no weights of the instruct model.
 
     Args:
         settings (`Mapping[str, Any]`):
             Contents of `adapter_config.json`.
-        adapter (`Mapping[str, TensorInfo]`):
-            Name, dtype and shape of the tensors of the adapter file.
+        adapter (`Mapping[str, torch.Tensor]`):
+            Contents of the adapter file.
         model ([`~transformers.PreTrainedModel`]):
             The instruct model without weights. It is changed: PEFT puts its layers in.
         checkpoint (`Mapping[str, TensorInfo]`):
-            The same for the instruct checkpoint, all shards together.
+            Name, dtype and shape of the tensors of the instruct checkpoint, all shards together.
+        saved_modules (`str`, *optional*):
+            `"replace"` puts tensors that the adapter holds whole in the place of the instruct model's, `"ignore"` leaves
+            them out.
 
     Returns:
-        `tuple[dict[str, Target], list[str]]`: The update of each targeted tensor by its name in the checkpoint, and one
-        sentence for each thing that does not fit.
+        `tuple[list[Target], list[str]]`: The targets, and one sentence for each thing that does not fit.
     """
-    problems = []
-    stored: dict[str, dict[str, str]] = {}
-    others = []
-    for key in adapter:
-        match = _LORA_KEY.fullmatch(key)
-        if match:
-            stored.setdefault(match["module"], {})[match["factor"]] = key
-        else:
-            others.append(key)
-    copies = [key for key in others if not re.search(r"\.lora_[^.]+(\.|$)", key)]
-    if copies:
-        problems.append(
-            f"The adapter file holds whole layers of the model it was trained on ({_first(copies)}), which PEFT saves when "
-            "an embedding or output layer is a target or the vocabulary was resized; they would replace the instruct "
-            "model's: save the adapter with `save_pretrained(..., save_embedding_layers=False)`."
-        )
-    variants = [key for key in others if key not in copies]
-    if variants:
-        problems.append(
-            f"The adapter holds {len(variants)} tensors that are no LoRA A or B of a linear layer ({_first(variants)}), "
-            "which are not merged: train plain LoRA with linear layers as targets."
-        )
-
-    names = checkpoint_names(model, list(checkpoint))
+    stored = stored_parameters(model, checkpoint)
+    parameters = set(model.state_dict())
     modules = {name for name, _ in model.named_modules()}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    strangers = [module for module in stored if module not in modules]
-    if strangers:
-        problems.append(
-            f"{len(strangers)} of {len(stored)} modules in the adapter do not exist in the instruct model "
-            f"({_first(strangers)}): pass the instruct model that was post-trained from the adapter's base model."
-        )
     try:
-        layers = _peft_layers(settings, model)
-    except (TypeError, ValueError) as error:
-        problems.append(f"PEFT cannot put this adapter on the instruct model: {error}")
-        return {}, problems
+        loaded = load_adapter(settings, adapter, model)
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        problems = _strangers(settings, adapter, parameters, modules, set())
+        return [], [*problems, f"PEFT cannot put this adapter on the instruct model: {error}"]
 
-    untargeted = [module for module in stored if module in modules and module not in layers]
-    if untargeted:
+    whole = {key: _WHOLE.sub("", key) for key in loaded.tensors if key not in _layer_keys(loaded)}
+    copies = [key for key, parameter in whole.items() if parameter in parameters]
+    problems = _strangers(settings, adapter, parameters, modules, {layer.module for layer in loaded.layers})
+    problems += _unfit(loaded)
+    targets, tied_targets, homeless, foreign = [], [], [], []
+    for layer in loaded.layers:
+        if isinstance(layer.layer, lora.LoraLayer) and type(layer.layer) not in (
+            lora.Linear,
+            lora.Embedding,
+            lora.ParamWrapper,
+        ):
+            foreign.append(f"{layer.module} ({type(layer.layer.get_base_layer()).__name__})")
+            continue
+        names = {name: f"{layer.module}.{name}" for name in layer.parameters}
+        tied_targets += [name for name in names.values() if name in tied]
+        homeless += _homeless(names.values(), stored, checkpoint, model)
+        targets.append(Target(layer.module, {n: stored[p] for n, p in names.items() if p in stored}, layer))
+    if copies and saved_modules == "replace":
+        adapted = {name for target in targets for name in target.tensors}
+        for key in copies:
+            module, _, name = whole[key].rpartition(".")
+            tied_targets += [whole[key]] if whole[key] in tied else []
+            homeless += _homeless([whole[key]], stored, checkpoint, model)
+            if whole[key] in stored and set(stored[whole[key]].tensors) & adapted:
+                problems.append(
+                    f"The adapter holds '{whole[key]}' whole and updates it too, so it cannot be replaced: merge with "
+                    "`saved_modules='ignore'` (`--saved_modules ignore`), which updates the instruct model's own."
+                )
+            elif whole[key] in stored:
+                targets.append(Target(module, {name: stored[whole[key]]}, replacement=loaded.tensors[key]))
+    elif copies and saved_modules is None:
+        file_keys = _file_keys(copies, loaded, adapter)
         problems.append(
-            f"The adapter holds tensors for {len(untargeted)} modules that its own `target_modules` do not name "
-            f"({_first(untargeted)}): {ADAPTER_CONFIG_FILE} and the weights do not belong together, save them again."
+            f"The adapter file holds whole layers of the model it was trained on ({_first(file_keys)}), which PEFT saves "
+            "for `modules_to_save`, trained biases, and where an embedding or output layer is a target or the vocabulary "
+            "was resized. Choose: `saved_modules='ignore'` (`--saved_modules ignore`) keeps the instruct model's, "
+            "`'replace'` takes the adapter's in their place. Untrained copies are best not saved, by "
+            "`save_pretrained(..., save_embedding_layers=False)`."
         )
-    targets, foreign, incomplete, misshapen, homeless = {}, [], [], [], []
-    for module, layer in layers.items():
-        factors = stored.get(module, {})
-        # Exactly this class: its subclasses and siblings belong to other methods or kinds of layer.
-        if type(layer) is not lora.Linear or layer.lora_variant:
-            foreign.append(f"{module} ({type(layer.get_base_layer()).__name__})")
-        elif f"{module}.weight" in tied:
-            problems.append(
-                f"The adapter targets {module}, whose weight the instruct model shares between its embedding and its "
-                f"output layer, so the update would reach both: train without {module.rpartition('.')[2]} as a target."
-            )
-        elif set(factors) != {"A", "B"}:
-            incomplete.append(f"{module} (no lora_{' and no lora_'.join(sorted({'A', 'B'} - set(factors)))})")
-        else:
-            wanted = {"A": layer.lora_A[_ADAPTER_NAME], "B": layer.lora_B[_ADAPTER_NAME]}
-            misshapen += [
-                f"{factors[factor]} is {adapter[factors[factor]].shape}, not {list(wanted[factor].weight.shape)}"
-                for factor in "AB"
-                if adapter[factors[factor]].shape != list(wanted[factor].weight.shape)
-            ]
-            tensor = names.get(f"{module}.weight")
-            shape = list(layer.get_base_layer().weight.shape)
-            if tensor is None:
-                homeless.append(f"{module}.weight is missing")
-            elif checkpoint[tensor].shape != shape:
-                homeless.append(f"{tensor} is {checkpoint[tensor].shape}, not {shape}")
-            elif checkpoint[tensor].dtype not in ("F64", "F32", "F16", "BF16"):
-                homeless.append(f"{tensor} is of dtype {checkpoint[tensor].dtype}")
-            else:
-                targets[tensor] = Target(layer, factors["A"], factors["B"])
     if foreign:
         problems.append(
             f"The adapter targets layers that are not merged ({_first(foreign)}): train with linear layers as targets."
         )
-    if incomplete:
+    if tied_targets:
+        modules_tied = _first([name.rpartition(".")[0] for name in tied_targets])
         problems.append(
-            f"The adapter lacks tensors of {len(incomplete)} targeted modules ({_first(incomplete)}): save it again, with "
-            "all its parameters gathered if it was trained under ZeRO-3 or FSDP, or pass the instruct model it fits."
-        )
-    if misshapen:
-        problems.append(
-            f"{len(misshapen)} tensors of the adapter have another shape than the instruct model asks for "
-            f"({_first(misshapen)}): pass the instruct model of the size that the adapter was trained on."
+            f"The adapter targets {modules_tied}, whose weight the instruct model shares between its embedding and its "
+            "output layer, so the update would reach both: train without "
+            f"{tied_targets[0].rpartition('.')[0].rpartition('.')[2]} as a target."
         )
     if homeless:
         problems.append(
@@ -250,22 +166,107 @@ def find_targets(
     return targets, problems
 
 
-def _peft_layers(settings: Mapping[str, Any], model: PreTrainedModel) -> dict[str, nn.Module]:
-    with warnings.catch_warnings():
-        # PEFT warns of what is checked here, or was decided when the adapter was made.
-        warnings.simplefilter("ignore")
-        # Neither the initialisation nor the base model's name matters to layers whose weights come from a file.
-        neutral = {"init_lora_weights": False, "base_model_name_or_path": None, "inference_mode": True}
-        known = {key: settings[key] for key in settings if key in LoraConfig.__dataclass_fields__}
-        known.pop("runtime_config", None)
-        peft_config = LoraConfig(**{**known, **neutral})
-        peft_model = get_peft_model(model, peft_config, adapter_name=_ADAPTER_NAME, low_cpu_mem_usage=True)
-    prefix = "base_model.model."
-    return {
-        name.removeprefix(prefix): module
-        for name, module in peft_model.named_modules()
-        if isinstance(module, lora.LoraLayer)
-    }
+def _layer_keys(loaded: LoadedAdapter) -> set[str]:
+    return {key for key in loaded.own if f".modules_to_save.{ADAPTER_NAME}." not in key}
+
+
+def _file_keys(keys: list[str], loaded: LoadedAdapter, adapter: Mapping[str, torch.Tensor]) -> list[str]:
+    by_tensor = {id(tensor): key for key, tensor in adapter.items()}
+    return [by_tensor.get(id(loaded.tensors[key]), f"{PREFIX}{key}") for key in keys]
+
+
+def _strangers(
+    settings: Mapping[str, Any],
+    adapter: Mapping[str, torch.Tensor],
+    parameters: set[str],
+    modules: set[str],
+    adapted: set[str],
+) -> list[str]:
+    """Tensors of the adapter for which the model has no place, or its own settings name none."""
+    mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[settings['peft_type']]}"
+    stored = {}
+    for key in adapter:
+        if mark in key:
+            module = key.removeprefix(PREFIX).partition(mark)[0]
+            while module.endswith(".base_layer"):
+                module = module.removesuffix(".base_layer")
+            stored.setdefault(module, key)
+    # Experts that a checkpoint or an old adapter names one by one are one module of the model.
+    known = modules | {re.sub(r"\.experts\.\d+\..*", ".experts", module) for module in stored} & modules
+    strangers = [module for module in stored if re.sub(r"(\.experts)\.\d+\..*", r"\1", module) not in known]
+    problems = []
+    if strangers:
+        problems.append(
+            f"{len(strangers)} of {len(stored)} modules in the adapter do not exist in the instruct model "
+            f"({_first(strangers)}): pass the instruct model that was post-trained from the adapter's base model."
+        )
+    untargeted = [module for module in stored if module in modules and adapted and module not in adapted]
+    if untargeted:
+        problems.append(
+            f"The adapter holds tensors for {len(untargeted)} modules that its own `target_modules` do not name "
+            f"({_first(untargeted)}): {ADAPTER_CONFIG_FILE} and the weights do not belong together, save them again."
+        )
+    odd = [
+        key for key in adapter if mark not in key and ".token_adapter." not in key and "trainable_tokens" not in key
+    ]
+    odd = [key for key in odd if _WHOLE.sub("", key.removeprefix(PREFIX)) not in parameters]
+    if odd:
+        problems.append(
+            f"{len(odd)} tensors of the adapter belong to nothing in the instruct model ({_first(odd)}): pass the instruct "
+            "model that was post-trained from the adapter's base model, and the adapter as PEFT saved it."
+        )
+    return problems
+
+
+def _unfit(loaded: LoadedAdapter) -> list[str]:
+    """Tensors that the adapter lacks, or has in another shape."""
+    problems, missing = [], {}
+    for key, empty in loaded.own.items():
+        if key not in loaded.tensors and empty.is_meta:
+            path, _, rest = key.partition(f".{ADAPTER_NAME}")
+            module, _, name = path.rpartition(".")
+            missing.setdefault(module, []).append(name + rest.removesuffix(".weight"))
+    if missing:
+        listed = [f"{module} (no {' and no '.join(names)})" for module, names in missing.items()]
+        problems.append(
+            f"The adapter lacks tensors of {len(missing)} targeted modules ({_first(listed)}): save it again, with all its "
+            "parameters gathered if it was trained under ZeRO-3 or FSDP, or pass the instruct model it fits."
+        )
+    misshapen = [
+        f"{key.replace(f'.{ADAPTER_NAME}', '')} is {list(tensor.shape)}, not {list(loaded.own[key].shape)}"
+        for key, tensor in loaded.tensors.items()
+        if key in loaded.own and loaded.own[key].shape != tensor.shape
+    ]
+    if misshapen:
+        problems.append(
+            f"{len(misshapen)} tensors of the adapter have another shape than the instruct model asks for "
+            f"({_first(misshapen)}): pass the instruct model of the size that the adapter was trained on."
+        )
+    return problems
+
+
+def _homeless(
+    names: Iterable[str],
+    stored: Mapping[str, StoredParameter],
+    checkpoint: Mapping[str, TensorInfo],
+    model: PreTrainedModel,
+) -> list[str]:
+    problems = []
+    shapes = {_module_path(name): list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in names:
+        if name not in stored:
+            problems.append(f"{name} is missing")
+        elif not stored[name].converter:
+            tensor = stored[name].tensors[0]
+            if checkpoint[tensor].shape != shapes.get(name, checkpoint[tensor].shape):
+                problems.append(f"{tensor} is {checkpoint[tensor].shape}, not {shapes[name]}")
+            elif checkpoint[tensor].dtype not in DTYPES:
+                problems.append(f"{tensor} is of dtype {checkpoint[tensor].dtype}")
+    return problems
+
+
+def _module_path(name: str) -> str:
+    return name.replace(".base_layer", "").replace(".token_adapter", "").replace(".original_module", "")
 
 
 def _first(items: list[str], count: int = 3) -> str:

@@ -41,6 +41,8 @@ class MergeScriptArguments:
             Branch, tag or commit of the adapter on the Hub.
         scale (`float`, *optional*, defaults to `1.0`):
             Factor λ of the update.
+        saved_modules (`str`, *optional*):
+            What to do with tensors that the adapter holds whole.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace an existing output folder.
     """
@@ -56,6 +58,14 @@ class MergeScriptArguments:
     )
     scale: float = field(
         default=1.0, metadata={"help": "Factor λ of the update; 1.0 adds it as it was trained, 0.5 half of it."}
+    )
+    saved_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with tensors of the base model that the adapter holds whole (modules_to_save, trained "
+            "biases and token embeddings): `replace` the instruct model's by them, or `ignore` them.",
+            "choices": ["replace", "ignore"],
+        },
     )
     overwrite: bool = field(
         default=False,

@@ -3,9 +3,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 
 _SIZES = {
@@ -15,8 +25,19 @@ _SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "bos_token_id": 0,
     "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
 }
 
 
@@ -24,7 +45,9 @@ def tiny_config(architecture: str, **changes) -> PreTrainedConfig:
     if architecture == "gpt2":
         sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
         return GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 1, **changes})
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture](**{**_SIZES, **changes})
+    experts = {"qwen3_moe": _EXPERTS, "mixtral": {"num_local_experts": 4}}.get(architecture, {})
+    sizes = {key: value for key, value in _SIZES.items() if key != "head_dim" or architecture != "qwen2"}
+    return _CONFIGS[architecture](**{**sizes, **experts, **changes})
 
 
 @pytest.fixture
@@ -52,16 +75,32 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 def make_adapter(tmp_path: Path) -> Callable[..., Path]:
     """Saves an adapter with random factors for the model in a folder."""
 
-    def make(model: Path, name="adapter", dtype=torch.float32, seed=2, spread=0.3, saving=None, **settings) -> Path:
+    def make(
+        model: Path,
+        name="adapter",
+        dtype=torch.float32,
+        seed=2,
+        spread=0.3,
+        saving=None,
+        config: PeftConfig | None = None,
+        **settings,
+    ) -> Path:
         settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **settings}
         peft_model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(model), LoraConfig(task_type="CAUSAL_LM", **settings)
+            AutoModelForCausalLM.from_pretrained(model), config or LoraConfig(task_type="CAUSAL_LM", **settings)
         )
         folder = tmp_path / name
         peft_model.save_pretrained(folder, **(saving or {}))
         torch.manual_seed(seed)
         file = folder / "adapter_model.safetensors"
-        factors = {key: (torch.randn_like(factor) * spread).to(dtype) for key, factor in load_file(file).items()}
+        # On top of the initial values where there are any: some types cannot do with just any numbers
+        start = 0.0 if config is None else 1.0
+        factors = {
+            key: (start * factor + torch.randn(factor.shape) * spread).to(dtype)
+            if factor.is_floating_point()
+            else factor
+            for key, factor in load_file(file).items()
+        }
         save_file(factors, file, metadata={"format": "pt"})
         return folder
 

@@ -4,6 +4,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from gift_trl.checkpoints import safetensors_files
 
@@ -23,7 +24,9 @@ def merged_by_peft(instruct: Path, adapter: Path, scale: float = 1.0) -> dict[st
     for module in peft_model.modules():
         if scale != 1.0 and "lora_A" in dict(module.named_children()):
             module.scale_layer(scale)
-    return peft_model.merge_and_unload().state_dict()
+    merged = peft_model.merge_and_unload()
+    # Under the names of the checkpoint, where each expert has its own
+    return revert_weight_conversion(merged, merged.state_dict())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

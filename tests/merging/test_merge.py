@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import TensorInfo
 from merge_helpers import merged_by_peft, same_bits, tensors_of
 from peft import PeftModel
 from safetensors import safe_open
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 
 from gift_trl.checkpoints import read_header, safetensors_files, weights_fingerprint
-from gift_trl.merging import merge, merge_adapter, targets
+from gift_trl.merging import conversion, merge, merge_adapter
 from gift_trl.scripts.merge import main, make_parser
 
 
@@ -33,17 +35,12 @@ def assert_same_as_peft(output: Path, instruct: Path, adapter: Path, merged: lis
         assert same_bits(tensor, before[name]) == (name not in merged), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize("shards", ["1GB", "20KB"], ids=["single", "sharded"])
-def test_same_bits_as_peft(make_checkpoint, make_adapter, tmp_path, architecture, tied, dtype, shards):
-    instruct = make_checkpoint(architecture=architecture, dtype=dtype, max_shard_size=shards, tie_word_embeddings=tied)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_same_bits_as_peft(make_checkpoint, make_adapter, tmp_path, dtype):
+    instruct = make_checkpoint(dtype=dtype, max_shard_size="20KB")
     adapter = make_adapter(instruct, target_modules=ALL_LINEAR)
     report = merge_adapter(adapter, instruct, tmp_path / "merged")
     assert len(report.merged_tensors) == report.num_changed == 14
-    assert (len(safetensors_files(instruct)) > 1) == (shards == "20KB")
-    assert ("lm_head.weight" in tensors_of(instruct)) == (not tied)
     assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
 
 
@@ -65,16 +62,6 @@ def test_same_bits_as_peft_for_lora_settings(make_checkpoint, make_adapter, tmp_
     instruct = make_checkpoint(dtype=torch.bfloat16)
     adapter = make_adapter(instruct, **settings)
     report = merge_adapter(adapter, instruct, tmp_path / "merged")
-    assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_as_peft_for_transposed_weights(make_checkpoint, make_adapter, tmp_path, dtype):
-    instruct = make_checkpoint(architecture="gpt2", dtype=dtype)
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        adapter = make_adapter(instruct, target_modules=["c_attn", "c_fc", "c_proj"])
-    report = merge_adapter(adapter, instruct, tmp_path / "merged")
-    assert len(report.merged_tensors) == 8
     assert_same_as_peft(tmp_path / "merged", instruct, adapter, list(report.merged_tensors))
 
 
@@ -250,7 +237,7 @@ def test_scale_of_zero_warns(adapter_and_instruct, tmp_path):
 def test_overflow_is_an_error_and_leaves_nothing(make_checkpoint, make_adapter, tmp_path):
     instruct = make_checkpoint(dtype=torch.float16)
     adapter = make_adapter(instruct, spread=1000.0)
-    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj.weight' holds NaN or infinite values after"):
+    with pytest.raises(ValueError, match=r"'model.layers.\d.[a-z_.]+.weight' holds NaN or infinite values after"):
         merge_adapter(adapter, instruct, tmp_path / "new" / "merged")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -286,6 +273,7 @@ def test_a_layer_that_merges_nothing_is_an_error(adapter_and_instruct, tmp_path,
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_kill_leaves_no_output(adapter_and_instruct, tmp_path):
     adapter, instruct = adapter_and_instruct
     # Each child kills itself with SIGKILL at another moment; a survivor shows that the moments are reached.
@@ -293,7 +281,7 @@ def test_kill_leaves_no_output(adapter_and_instruct, tmp_path):
         import os, signal, sys
         from gift_trl import checkpoints
         from gift_trl.merging import merge, merge_adapter
-        from gift_trl.merging.stream import ShardStream
+        from gift_trl.merging.stream import MergedWriter
 
         adapter, instruct, output = sys.argv[1:]
 
@@ -308,7 +296,7 @@ def test_kill_leaves_no_output(adapter_and_instruct, tmp_path):
             return counted
 
         moments = [
-            (ShardStream, "_merge_tensor", on_third_call(ShardStream._merge_tensor)),
+            (MergedWriter, "write", on_third_call(MergedWriter.write)),
             (merge, "_copy_companions", kill),
             (checkpoints.os, "fsync", on_third_call(os.fsync)),
             (checkpoints.os, "rename", kill),
@@ -363,27 +351,37 @@ def test_config_is_copied_last(adapter_and_instruct, tmp_path, monkeypatch):
     assert copied[-1][0] == "config.json" and len(copied) == 5
 
 
-def test_checkpoint_names_follow_transformers(adapter_and_instruct, monkeypatch):
+def test_stored_parameters_follow_transformers(adapter_and_instruct, monkeypatch):
     _, instruct = adapter_and_instruct
     model = AutoModelForCausalLM.from_pretrained(instruct)
-    monkeypatch.setattr(
-        targets,
-        "get_model_conversion_mapping",
-        lambda model: [
-            WeightRenaming("old_proj", "q_proj"),
-            WeightRenaming("k_proj", "key"),
-            WeightConverter(["up_proj"], ["up_proj"], [Transpose(0, 1)]),
-        ],
-    )
+    mapping = [
+        WeightRenaming("old_proj", "q_proj"),
+        WeightRenaming("k_proj", "key"),
+        WeightConverter(["up_t"], ["up_proj"], [Transpose(0, 1)]),
+    ]
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: mapping)
+    model._weight_conversions = mapping
     layer = "model.layers.0"
-    stored = [f"{layer}.self_attn.old_proj.weight", f"{layer}.self_attn.k_proj.weight", f"{layer}.mlp.up_proj.weight"]
-    assert targets.checkpoint_names(model, [*stored, "layers.1.mlp.down_proj.weight", "unknown"]) == {
-        f"{layer}.self_attn.q_proj.weight": stored[0],
-        # Renamed to what the model does not have, a name that the model has stays.
-        f"{layer}.self_attn.k_proj.weight": stored[1],
-        "model.layers.1.mlp.down_proj.weight": "layers.1.mlp.down_proj.weight",
-        # up_proj is not the parameter as stored but transposed: no update can be added to it.
+    shapes = {
+        f"{layer}.self_attn.old_proj.weight": [32, 32],
+        f"{layer}.self_attn.k_proj.weight": [16, 32],
+        f"{layer}.mlp.up_t.weight": [32, 48],
+        "layers.1.mlp.down_proj.weight": [32, 48],
+        "unknown": [3],
     }
+    checkpoint = {name: TensorInfo("F32", shape, (0, 4 * math.prod(shape))) for name, shape in shapes.items()}
+    found = conversion.stored_parameters(model, checkpoint)
+    assert {name: stored.tensors[0] for name, stored in found.items()} == {
+        f"{layer}.self_attn.q_proj.weight": f"{layer}.self_attn.old_proj.weight",
+        # Renamed to what the model does not have, a name that the model has stays.
+        f"{layer}.self_attn.k_proj.weight": f"{layer}.self_attn.k_proj.weight",
+        f"{layer}.mlp.up_proj.weight": f"{layer}.mlp.up_t.weight",
+        "model.layers.1.mlp.down_proj.weight": "layers.1.mlp.down_proj.weight",
+    }
+    stored = found[f"{layer}.mlp.up_proj.weight"]
+    values = torch.randn(32, 48)
+    assert torch.equal(stored.assemble({stored.tensors[0]: values}), values.T)
+    assert torch.equal(stored.take_apart(values.T)[stored.tensors[0]], values)
 
 
 def test_command_line_wins_over_yaml(adapter_and_instruct, tmp_path, capsys):
@@ -472,4 +470,4 @@ def test_memory_stays_bounded(tmp_path):
     num_merged, num_bytes, megabytes, seconds, cpu = map(float, run.stdout.split())
     print(f"{num_bytes / 1e9:.2f} GB, {megabytes:.0f} MB above import, {seconds:.1f} s, {cpu:.1f} CPU s")
     assert num_merged == 168 and num_bytes > 0.9e9
-    assert megabytes < 200
+    assert megabytes < 64

@@ -3,9 +3,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoHaConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from gift_trl.merging import merge_adapter
 
@@ -38,14 +36,13 @@ def refused(adapter, instruct, output, match, **options):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"use_dora": True}, "DoRA .`use_dora`.*use_dora=False"),
-        ({"peft_type": "LOHA"}, "of type LOHA; only LoRA and rsLoRA"),
-        ({"peft_type": "IA3"}, "of type IA3"),
-        ({"bias": "lora_only"}, "biases .`bias='lora_only'`.*bias='none'"),
-        ({"lora_bias": True}, "lora_bias=False"),
-        ({"modules_to_save": ["embed_tokens"]}, "without `modules_to_save`"),
-        ({"trainable_token_indices": [3]}, "without `trainable_token_indices`"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "MoE experts.*`target_modules` instead"),
+        ({"peft_type": "VERA"}, "of type VERA, which is not merged; these are: LORA, LOHA"),
+        ({"peft_type": "PREFIX_TUNING"}, "of type PREFIX_TUNING"),
+        ({"use_dora": True}, r"lacks tensors of 6 targeted modules .*no lora_magnitude_vector\)"),
+        ({"lora_bias": True}, r"lacks tensors of 6 targeted modules .*no lora_B.bias\)"),
+        ({"bias": "lora_only"}, "the model's biases .`bias='lora_only'`. whole.*--saved_modules ignore"),
+        ({"modules_to_save": ["embed_tokens"]}, "fully trained modules .*saved_modules='ignore'.*'replace'"),
+        ({"trainable_token_indices": [3]}, "trained token embeddings .`trainable_token_indices`. whole"),
         ({"init_lora_weights": "pissa_niter_4"}, "PiSSA.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "OLoRA.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "corda"}, "CorDA.*path_initial_model_for_weight_conversion"),
@@ -75,22 +72,15 @@ def test_initialisations_that_leave_the_base_alone_are_merged(adapter_and_instru
     assert merge_adapter(adapter, instruct, tmp_path / "merged").num_changed == 6
 
 
-def test_adapter_made_by_another_method(adapter_and_instruct, tmp_path):
-    _, instruct = adapter_and_instruct
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(instruct), LoHaConfig(target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "loha")
-    refused(tmp_path / "loha", instruct, tmp_path / "merged", "of type LOHA")
-
-
 def test_all_findings_come_in_one_message(adapter_and_instruct, tmp_path):
     adapter, instruct = adapter_and_instruct
-    change_settings(adapter, use_dora=True, bias="all")
+    change_settings(adapter, use_qalora=True, bias="all")
     change_config(instruct, quantization_config={"quant_method": "gptq", "bits": 4})
     change_tensors(adapter, lambda t: t[next(iter(t))].fill_(float("nan")))
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "file").touch()
-    message = refused(adapter, instruct, tmp_path / "merged", "for 5 reasons", scale=float("inf"))
-    for part in ("1. The scale is inf", "2. '", "not empty", "DoRA", "biases", "quantised (gptq)"):
+    message = refused(adapter, instruct, tmp_path / "merged", "for 6 reasons", scale=float("inf"))
+    for part in ("1. The scale is inf", "2. '", "not empty", "QA-LoRA", "biases", "NaN", "quantised (gptq)"):
         assert part in message
 
 
@@ -221,10 +211,8 @@ def test_values_that_are_not_finite(adapter_and_instruct, tmp_path):
 def test_tied_embeddings_are_no_target(make_checkpoint, make_adapter, tmp_path, target):
     instruct = make_checkpoint(tie_word_embeddings=True)
     adapter = make_adapter(instruct, target_modules=["q_proj", target], saving={"save_embedding_layers": False})
-    match = (
-        r"shares between its embedding" if target == "lm_head" else r"layers that are not merged \(model.embed_tokens"
-    )
-    refused(adapter, instruct, tmp_path / "merged", match)
+    match = "shares between its embedding and its output layer.*train without"
+    assert target in refused(adapter, instruct, tmp_path / "merged", match)
 
 
 @pytest.mark.filterwarnings("ignore:.*embedding layers found:UserWarning")
@@ -266,7 +254,7 @@ def test_disk_space(adapter_and_instruct, tmp_path, monkeypatch):
 
 def test_weights_are_not_downloaded_for_a_merge_that_is_refused(adapter_and_instruct, tmp_path, monkeypatch):
     adapter, instruct = adapter_and_instruct
-    change_settings(adapter, use_dora=True)
+    change_settings(adapter, use_qalora=True)
     asked = []
 
     def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
@@ -274,5 +262,5 @@ def test_weights_are_not_downloaded_for_a_merge_that_is_refused(adapter_and_inst
         return str(instruct)
 
     monkeypatch.setattr("gift_trl.checkpoints.snapshot_download", snapshot_download)
-    refused(adapter, "org/instruct", tmp_path / "merged", "DoRA")
+    refused(adapter, "org/instruct", tmp_path / "merged", "QA-LoRA")
     assert asked == [False]

@@ -46,7 +46,7 @@ def no_weights(monkeypatch):
             "`test_split_size` cannot split a stream",
         ),
         ({"merge_output_dir": "{output_dir}/merged"}, "lie in one another"),
-        ({"use_dora": True}, "The adapter uses DoRA (`use_dora`), which is not merged: train a plain LoRA"),
+        ({"lora_modules_to_save": ["lm_head"]}, "fully trained modules (`modules_to_save`) whole"),
     ],
 )
 def test_recipe(recipe, fails, tmp_path, overrides, message):

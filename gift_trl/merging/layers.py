@@ -1,0 +1,295 @@
+"""PEFT's layers of an adapter, without weights: they are lent one layer of the instruct model at a time to merge."""
+
+import itertools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
+
+
+ADAPTER_NAME = "default"
+PREFIX = "base_model.model."
+
+# Elements of the update that are made at a time: few enough to stay in a processor's cache, enough to run at full speed.
+_BLOCK_ELEMENTS = 2**18
+# Matrix products of fewer rows take other paths on a CPU, in which the last digit may come out differently.
+_SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """
+    One of PEFT's layers, with the tensors that the adapter file has for it.
+
+    Args:
+        layer ([`~peft.tuners.tuners_utils.BaseTunerLayer`]):
+            PEFT's layer, without weights.
+        module (`str`):
+            Name of the module that it adapts.
+        parameters (`tuple[str, ...]`):
+            Names of the parameters of that module which take part in the merge.
+        tensors (`dict[str, torch.Tensor]`):
+            The adapter's tensors by their name in the layer, read from the file where they are used.
+    """
+
+    layer: BaseTunerLayer
+    module: str
+    parameters: tuple[str, ...]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+    @property
+    def merges_by_rows(self) -> bool:
+        """Whether each row of the weight is merged by itself: plain LoRA, rsLoRA and DoRA on rows of outputs."""
+        # Exactly these classes: their subclasses belong to other methods or kinds of layer.
+        if type(self.layer) is lora.Embedding:
+            return not self.layer.lora_variant
+        if type(self.layer) is not lora.Linear or self.layer.lora_bias[ADAPTER_NAME]:
+            return False
+        return not self.layer.lora_variant or (
+            self.layer.use_dora[ADAPTER_NAME] and not self.layer.fan_in_fan_out and len(self.tensors) == 3
+        )
+
+    def merge(self, weights: Mapping[str, torch.Tensor], scale: float = 1.0) -> dict[str, torch.Tensor]:
+        """
+        Merges the adapter into the whole module, by PEFT's own layer.
+
+        Args:
+            weights (`Mapping[str, torch.Tensor]`):
+                The module's parameters by their name in it. They may be changed in place.
+            scale (`float`, *optional*, defaults to `1.0`):
+                Factor of the update.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The merged parameters, of the same shapes and dtypes.
+
+        Raises:
+            `RuntimeError`: If PEFT's layer did not merge.
+        """
+        return self._merge(weights, self.tensors, scale)
+
+    def merge_rows(self, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """
+        Merges the adapter into a weight in place, a block of rows at a time, by PEFT's own layer for a smaller module.
+
+        Args:
+            weight (`torch.Tensor`):
+                The weight, two-dimensional.
+            scale (`float`, *optional*, defaults to `1.0`):
+                Factor of the update.
+
+        Returns:
+            `torch.Tensor`: The weight.
+        """
+        for start, end in self.row_blocks(*weight.shape):
+            weight[start:end] = self.merge_block(weight[start:end], start, scale)
+        return weight
+
+    def merge_block(self, rows: torch.Tensor, start: int, scale: float = 1.0) -> torch.Tensor:
+        """
+        Merges the adapter into some rows of a weight.
+
+        Args:
+            rows (`torch.Tensor` of shape `(N, columns)`):
+                Neighbouring rows. They may be changed in place.
+            start (`int`):
+                Index of the first of them in the weight.
+            scale (`float`, *optional*, defaults to `1.0`):
+                Factor of the update.
+
+        Returns:
+            `torch.Tensor` of shape `(N, columns)`: The merged rows.
+        """
+        end = start + len(rows)
+        # The factor whose one dimension are the rows of the stored weight; the columns of A where that is transposed.
+        transposed = type(self.layer) is lora.Embedding or self.layer.fan_in_fan_out
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            if transposed:
+                tensors[name] = tensor[:, start:end] if ("lora_A" in name or "embedding_A" in name) else tensor
+            else:
+                tensors[name] = tensor if "lora_A" in name else tensor[start:end]
+        return self._merge({"weight": rows}, tensors, scale)["weight"]
+
+    @staticmethod
+    def row_blocks(num_rows: int, num_columns: int) -> list[tuple[int, int]]:
+        """
+        Cuts the rows of a weight into blocks of nearly the same size.
+
+        Args:
+            num_rows (`int`):
+                Number of rows.
+            num_columns (`int`):
+                Number of columns.
+
+        Returns:
+            `list[tuple[int, int]]`: First row and row after the last of each block.
+        """
+        rows = max(_SMALLEST_BLOCK, _BLOCK_ELEMENTS // max(1, num_columns))
+        count = max(1, num_rows // rows)
+        bounds = [num_rows * i // count for i in range(count + 1)]
+        return list(itertools.pairwise(bounds))
+
+    @torch.no_grad()
+    def _merge(
+        self, weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], scale: float
+    ) -> dict[str, torch.Tensor]:
+        layer, base_layer = self.layer, self.layer.get_base_layer()
+        dtype = next(iter(weights.values())).dtype
+        slots = [(base_layer, name, tensor) for name, tensor in weights.items()]
+        for name, tensor in tensors.items():
+            owner, _, attribute = name.rpartition(".")
+            # PEFT keeps a half-precision adapter in float32 when it loads one, and so multiplies in float32.
+            if tensor.is_floating_point():
+                tensor = tensor.to(torch.promote_types(dtype, torch.float32))
+            slots.append((layer.get_submodule(owner), attribute, tensor))
+        lent = [(_slots_of(module, name), name, _slots_of(module, name)[name]) for module, name, _ in slots]
+        try:
+            for (held, name, _), (_, _, tensor) in zip(lent, slots, strict=True):
+                held[name] = nn.Parameter(tensor, requires_grad=False) if held[name] is not None else None
+            if scale != 1.0:
+                layer.set_scale(ADAPTER_NAME, scale)
+            layer.merge(adapter_names=[ADAPTER_NAME])
+            # A layer without its adapter merges nothing and says nothing.
+            if not layer.merged:
+                raise RuntimeError(f"PEFT merged nothing into the layer of '{self.module}'.")
+            merged = {name: base_layer._parameters[name].data for name in weights}
+        finally:
+            layer.merged_adapters.clear()
+            if scale != 1.0:
+                layer.set_scale(ADAPTER_NAME, 1.0)
+            for held, name, empty in lent:
+                held[name] = empty
+        if any(tensor.is_meta for tensor in merged.values()):
+            raise RuntimeError(f"PEFT merged nothing into the layer of '{self.module}'.")
+        return merged
+
+
+def _slots_of(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._parameters if name in module._parameters else module._buffers
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """
+    What PEFT makes of an adapter on a model without weights.
+
+    Args:
+        layers (`list[AdapterLayer]`):
+            Its layers.
+        tensors (`dict[str, torch.Tensor]`):
+            The adapter's tensors under the names that they have in the model, without [`PREFIX`].
+        own (`dict[str, torch.Tensor]`):
+            Everything that PEFT put into the model, by name, without values: what the file has to hold.
+    """
+
+    layers: list[AdapterLayer]
+    tensors: dict[str, torch.Tensor]
+    own: dict[str, torch.Tensor]
+
+
+def load_adapter(
+    settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
+) -> LoadedAdapter:
+    """
+    Puts an adapter on a model without weights, by PEFT.
+
+    Args:
+        settings (`Mapping[str, Any]`):
+            Contents of `adapter_config.json`.
+        tensors (`Mapping[str, torch.Tensor]`):
+            Contents of the adapter file.
+        model ([`~transformers.PreTrainedModel`]):
+            The model. It is changed: PEFT puts its layers in.
+
+    Returns:
+        [`LoadedAdapter`]: The layers and their tensors.
+
+    Raises:
+        `ValueError`, `TypeError`, `KeyError`: If PEFT cannot do it.
+    """
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]]
+    known = {key: value for key, value in settings.items() if key in config_class.__dataclass_fields__}
+    known.pop("runtime_config", None)
+    # Neither the initialisation nor the base model's name matters to layers whose weights come from a file.
+    neutral = {"base_model_name_or_path": None, "inference_mode": True}
+    if settings["peft_type"] == "LORA":
+        neutral["init_lora_weights"] = False
+    with warnings.catch_warnings():
+        # PEFT warns of what is checked here, or was decided when the adapter was made.
+        warnings.simplefilter("ignore")
+        peft_model = get_peft_model(
+            model, config_class(**{**known, **neutral}), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True
+        )
+        renamed = _names_in_model(peft_model, tensors)
+    peft_model.eval()
+    layers, own = [], {}
+    for name, module in peft_model.named_modules():
+        inside = {
+            key: tensor
+            for key, tensor in [*module.named_parameters(), *module.named_buffers()]
+            # What the module had before, which no file of an adapter has to hold
+            if not key.startswith(("base_layer.", "original_module.", "trainable_tokens_original."))
+        }
+        if isinstance(module, BaseTunerLayer):
+            own.update({f"{name}.{key}".removeprefix(PREFIX): tensor for key, tensor in inside.items()})
+            layers.append(
+                AdapterLayer(
+                    module,
+                    _module_name(name),
+                    _merged_parameters(module),
+                    {key: renamed[f"{name}.{key}"] for key in inside if f"{name}.{key}" in renamed},
+                )
+            )
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            own.update(
+                {
+                    f"{name}.{key}".removeprefix(PREFIX): tensor
+                    for key, tensor in inside.items()
+                    if not key.startswith("token_adapter.")
+                }
+            )
+    return LoadedAdapter(layers, {key.removeprefix(PREFIX): value for key, value in renamed.items()}, own)
+
+
+def _names_in_model(peft_model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # PEFT moves what it loads to where the base layer is, which here is nowhere: it would throw the values away, and merge
+    # nothing afterwards, without a word. So its names are taken from it, and the values are kept.
+    names: dict[str, torch.Tensor] = {}
+
+    def keep(state_dict: Mapping[str, torch.Tensor], **kwargs: Any) -> _IncompatibleKeys:
+        names.update(state_dict)
+        return _IncompatibleKeys([], [])
+
+    peft_model.load_state_dict = keep
+    try:
+        set_peft_model_state_dict(peft_model, dict(tensors), adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
+    finally:
+        del peft_model.load_state_dict
+    return names
+
+
+def _module_name(name: str) -> str:
+    name = name.removeprefix(PREFIX).removesuffix(".token_adapter")
+    while name.endswith(".base_layer"):  # several adapted parameters of one module are wrapped in one another
+        name = name.removesuffix(".base_layer")
+    return name
+
+
+def _merged_parameters(layer: BaseTunerLayer) -> tuple[str, ...]:
+    if isinstance(layer, lora.ParamWrapper):
+        return (layer.parameter_name,)
+    held = tuple(name for name, parameter in layer.get_base_layer()._parameters.items() if parameter is not None)
+    # LoRA leaves the bias alone unless it has one of its own; other methods may scale it.
+    if isinstance(layer, lora.LoraLayer) and not layer.lora_bias[ADAPTER_NAME]:
+        return tuple(name for name in held if name != "bias")
+    return held
