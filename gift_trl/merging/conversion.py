@@ -1,7 +1,8 @@
 """How the parameters of a model are stored in a checkpoint: under other names, transposed, or expert by expert."""
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -111,10 +112,63 @@ def stored_parameters(model: PreTrainedModel, checkpoint: Mapping[str, TensorInf
         `dict[str, StoredParameter]`: By parameter name. Left out are parameters that share a tensor with others, and those
         that transformers cannot take apart into the very tensors that it made them of.
     """
+    parameters = model.state_dict()
+    sources, converters = _sources(model, checkpoint)
+    found = {}
+    for name, parts in sources.items():
+        tensors, patterns = zip(*parts, strict=True)
+        if None not in patterns:
+            stored = StoredParameter(name, tensors, patterns, converters[patterns[0]], model)
+            if name in parameters and _comes_back(stored, checkpoint, parameters[name]):
+                found[name] = stored
+        elif name in parameters and len(tensors) == 1:
+            found[name] = StoredParameter(name, tensors)
+    return found
+
+
+def misfits(model: PreTrainedModel, checkpoint: Mapping[str, TensorInfo]) -> list[str]:
+    """
+    Finds what a model needs and a checkpoint does not hold, which transformers would fill with random values.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, which may be without weights.
+        checkpoint (`Mapping[str, TensorInfo]`):
+            Name, dtype and shape of the tensors of the checkpoint.
+
+    Returns:
+        `list[str]`: A few words for each parameter that is missing or has another shape.
+    """
+    sources, converters = _sources(model, checkpoint)
+    made = set(sources)
+    for converter in converters.values():
+        if len(converter.target_patterns) > 1:  # one tensor holds several parameters: the others are not named
+            made |= {name for name in model.state_dict() if any(p in name for p in converter.target_patterns)}
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    found = []
+    for name, parameter in model.state_dict().items():
+        if name not in made:
+            if name not in tied and not any(re.search(pattern, name) for pattern in optional):
+                found.append(f"{name} is missing")
+        elif name in sources and len(sources[name]) == 1 and sources[name][0][1] is None:
+            info = checkpoint[sources[name][0][0]]
+            if list(info.shape) != list(parameter.shape):
+                found.append(f"{name} is {list(info.shape)}, not {list(parameter.shape)}")
+    # Of tied parameters, one has to be there.
+    for name, other in model.all_tied_weights_keys.items():
+        if name not in made and other not in made:
+            found.append(f"{other} is missing")
+    return found
+
+
+def _sources(
+    model: PreTrainedModel, checkpoint: Iterable[str]
+) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, WeightConverter]]:
+    """The tensors that each parameter is made of, with the patterns by which a converter takes them; the converters."""
     mapping = get_model_conversion_mapping(model)
     renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     parameters = model.state_dict()
     sources: dict[str, list[tuple[str, str | None]]] = {}
     for tensor in sorted(checkpoint, key=dot_natural_key):
@@ -122,16 +176,7 @@ def stored_parameters(model: PreTrainedModel, checkpoint: Mapping[str, TensorInf
         if name not in parameters and tensor in parameters:
             name, pattern = tensor, None
         sources.setdefault(name, []).append((tensor, pattern))
-    found = {}
-    for name, parts in sources.items():
-        tensors, patterns = zip(*parts, strict=True)
-        if None not in patterns:
-            stored = StoredParameter(name, tensors, patterns, by_pattern[patterns[0]], model)
-            if name in parameters and _comes_back(stored, checkpoint, parameters[name]):
-                found[name] = stored
-        elif name in parameters and len(tensors) == 1:
-            found[name] = StoredParameter(name, tensors)
-    return found
+    return sources, {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
 
 def _comes_back(stored: StoredParameter, checkpoint: Mapping[str, TensorInfo], parameter: torch.Tensor) -> bool:

@@ -234,30 +234,18 @@ def load_adapter(
     peft_model.eval()
     layers, own = [], {}
     for name, module in peft_model.named_modules():
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
         inside = {
             key: tensor
             for key, tensor in [*module.named_parameters(), *module.named_buffers()]
-            # What the module had before, which no file of an adapter has to hold
-            if not key.startswith(("base_layer.", "original_module.", "trainable_tokens_original."))
+            # What the module had before, which no file of an adapter has to hold, and a layer of its own inside
+            if not key.startswith(("base_layer.", "original_module.", "trainable_tokens_original.", "token_adapter."))
         }
+        own.update({f"{name}.{key}".removeprefix(PREFIX): tensor for key, tensor in inside.items()})
         if isinstance(module, BaseTunerLayer):
-            own.update({f"{name}.{key}".removeprefix(PREFIX): tensor for key, tensor in inside.items()})
-            layers.append(
-                AdapterLayer(
-                    module,
-                    _module_name(name),
-                    _merged_parameters(module),
-                    {key: renamed[f"{name}.{key}"] for key in inside if f"{name}.{key}" in renamed},
-                )
-            )
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            own.update(
-                {
-                    f"{name}.{key}".removeprefix(PREFIX): tensor
-                    for key, tensor in inside.items()
-                    if not key.startswith("token_adapter.")
-                }
-            )
+            found = {key: renamed[f"{name}.{key}"] for key in inside if f"{name}.{key}" in renamed}
+            layers.append(AdapterLayer(module, _module_name(name), _merged_parameters(module), found))
     return LoadedAdapter(layers, {key.removeprefix(PREFIX): value for key, value in renamed.items()}, own)
 
 

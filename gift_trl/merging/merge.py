@@ -1,11 +1,16 @@
 """θ'_I = θ_I + λ·M(φ): the merge of an adapter into an instruct checkpoint, tensor by tensor."""
 
+import dataclasses
+import errno
 import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
 from tqdm.auto import tqdm
@@ -14,7 +19,9 @@ from transformers.utils.hub import extract_commit_hash
 
 from gift_trl import __version__
 from gift_trl.checkpoints import ADAPTER_FILE, weights_fingerprint, write_folder
-from gift_trl.merging.preflight import MergePlan, preflight
+from gift_trl.merging.methods import merge_by_method
+from gift_trl.merging.preflight import AdapterPlan, MergePlan, preflight
+from gift_trl.merging.recipe import MERGEKIT_FILE, RECIPE_FILE, MergeRecipe
 from gift_trl.merging.report import REPORT_FILE, MergeReport
 from gift_trl.merging.stream import CheckpointReader, MergedWriter, merge_targets
 from gift_trl.merging.targets import Target
@@ -22,8 +29,17 @@ from gift_trl.merging.targets import Target
 
 # Weights in other formats and the description of the instruct model would belie the merged one.
 _LEFT_BEHIND_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-_LEFT_BEHIND_NAMES = {"README.md", REPORT_FILE}
-_REPORTED_SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
+_LEFT_BEHIND_NAMES = {"README.md", REPORT_FILE, RECIPE_FILE, MERGEKIT_FILE}
+_REPORTED_SETTINGS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+)
 _REPORTED_LIBRARIES = ("peft", "safetensors", "torch", "transformers")
 
 
@@ -78,62 +94,167 @@ def merge_adapter(
             of the instruct model is read; or if a merged tensor is not finite.
         `OSError`: If the disk fails or fills up during the merge. Nothing is left in `output_dir`.
     """
-    started = time.monotonic()
-    adapter, instruct_model = os.fspath(adapter), os.fspath(instruct_model)
-    plan = preflight(
-        [(adapter, adapter_revision)],
-        instruct_model,
-        output_dir,
-        instruct_model_revision=instruct_model_revision,
+    recipe = MergeRecipe(
+        instruct_model=os.fspath(instruct_model),
+        adapter=[os.fspath(adapter)],
+        adapter_revision=[adapter_revision],
         scale=scale,
-        overwrite=overwrite,
+        instruct_model_revision=instruct_model_revision,
         saved_modules=saved_modules,
     )
-    (update,) = plan.adapters
+    return merge_recipe(recipe, output_dir, overwrite=overwrite)
+
+
+def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrite: bool = False) -> MergeReport:
+    """
+    Merges what a recipe says; [`merge_adapter`] is the recipe of one adapter.
+
+    Args:
+        recipe ([`MergeRecipe`]):
+            The recipe.
+        output_dir (`str` or `os.PathLike`):
+            Folder to write the merged checkpoint to, outside all others. The recipe is written into it too, with the
+            commits of what came from the Hub, and mergekit's configuration of the same merge where there is one.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace an `output_dir` that has something in it, once the merge has succeeded.
+
+    Returns:
+        [`MergeReport`]: What was merged.
+
+    Raises:
+        `ValueError`, `OSError`: As [`merge_adapter`].
+    """
+    started = time.monotonic()
+    scale = recipe.scale * recipe.adapter_weight[0] if recipe.is_plain else recipe.scale
+    companions = {"base_model": (recipe.base_model, recipe.base_model_revision)} if recipe.base_model else {}
+    if recipe.tuned_model:
+        companions["tuned_model"] = (recipe.tuned_model, recipe.tuned_model_revision)
+    plan = preflight(
+        list(zip(recipe.adapter, recipe.adapter_revision, strict=True)),
+        recipe.instruct_model,
+        output_dir,
+        instruct_model_revision=recipe.instruct_model_revision,
+        scale=scale,
+        overwrite=overwrite,
+        saved_modules=recipe.saved_modules,
+        companions=companions,
+        scaled_by_layers=recipe.is_plain,
+    )
     cautions = list(plan.cautions)
-    if update.is_zero:
+    is_zero = bool(plan.adapters) and all(adapter.is_zero for adapter in plan.adapters)
+    if is_zero:
         cautions.append("Every update of the adapter is exactly zero: nothing was learned, the merge changes nothing.")
 
-    changed: dict[str, bool] = {}
     source = CheckpointReader(plan.shards)
     num_bytes = sum(shard.stat().st_size for shard in plan.shards)
+    others = {role: CheckpointReader(shards) for role, (_, shards) in plan.companions.items()}
     with (
+        _clear_disk_errors(output_dir),
         write_folder(output_dir, overwrite=overwrite) as folder,
         # Shown only when the merge takes longer than a moment.
         tqdm(total=num_bytes, desc="Merging", unit="B", unit_scale=True, delay=2) as bar,
-        source,
-        MergedWriter(source, folder, bar) as writer,
+        ExitStack() as stack,
     ):
-        writer.copy_rest({tensor for target in update.targets for tensor in target.tensors})
-        changed.update(merge_targets(_in_file_order(update.targets, source), source, writer, scale))
-        merged = _merged_tensors(update.targets, changed, source)
+        for reader in (source, *others.values()):
+            stack.enter_context(reader)
+        writer = stack.enter_context(MergedWriter(source, folder, bar))
+        if recipe.is_plain:
+            targets = _in_file_order(plan.adapters[0].targets, source)
+            writer.copy_rest({tensor for target in targets for tensor in target.tensors})
+            changed = dict(merge_targets(targets, source, writer, scale))
+        else:
+            changed = dict(
+                merge_by_method(
+                    recipe, plan.adapters, source, writer, others.get("base_model"), others.get("tuned_model")
+                )
+            )
+        merged = _merged_tensors(plan.adapters, changed, source)
         num_changed = sum(changed.values())
-        if not num_changed and not update.is_zero:
-            cautions.append(_nothing_changed(scale, set(merged.values())))
+        if not num_changed and not is_zero:
+            cautions.append(_nothing_changed(recipe.scale, set(merged.values())))
+        effective = _effective(recipe, plan)
         report = MergeReport(
             output_dir=Path(output_dir).expanduser().resolve(),
-            instruct_model=_public_name(instruct_model),
-            instruct_model_commit=extract_commit_hash(str(plan.instruct_dir / "config.json"), None),
+            instruct_model=effective.instruct_model,
+            instruct_model_commit=_commit(plan.instruct_dir / "config.json"),
             instruct_model_fingerprint=weights_fingerprint(plan.instruct_dir),
-            adapter=_public_name(adapter),
-            adapter_commit=extract_commit_hash(str(update.folder / ADAPTER_FILE), None),
-            adapter_fingerprint=weights_fingerprint(update.folder),
-            adapter_base_model=_public_name(update.settings.get("base_model_name_or_path")),
-            adapter_settings={key: update.settings.get(key) for key in _REPORTED_SETTINGS},
+            adapter=" + ".join(effective.adapter) or effective.tuned_model,
             scale=float(scale),
             merged_tensors=merged,
             num_changed=num_changed,
             num_tensors=len(source.tensors),
             num_bytes=num_bytes,
+            recipe=effective.to_dict(),
+            updates=tuple(_update_facts(plan)),
             versions={"gift_trl": __version__, **{library: version(library) for library in _REPORTED_LIBRARIES}},
             duration_s=round(time.monotonic() - started, 3),
             warnings=tuple(cautions),
+            **_first_adapter(plan),
         )
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        effective.write(folder)
         _copy_companions(plan, folder)
     for caution in cautions:
-        warnings.warn(caution, UserWarning, stacklevel=2)
+        warnings.warn(caution, UserWarning, stacklevel=3)
     return report
+
+
+def _commit(file: Path) -> str | None:
+    return extract_commit_hash(str(file), None)
+
+
+def _effective(recipe: MergeRecipe, plan: MergePlan) -> MergeRecipe:
+    """The recipe with the commits that were read, and without the paths of this machine."""
+    changes = {"instruct_model": _public_name(recipe.instruct_model)}
+    changes["instruct_model_revision"] = _commit(plan.instruct_dir / "config.json")
+    changes["adapter"] = [_public_name(name) for name in recipe.adapter]
+    changes["adapter_revision"] = [_commit(adapter.folder / ADAPTER_FILE) for adapter in plan.adapters]
+    for role, (_, shards) in plan.companions.items():
+        changes[role] = _public_name(getattr(recipe, role))
+        changes[f"{role}_revision"] = _commit(shards[0])
+    return dataclasses.replace(recipe, **changes)
+
+
+def _update_facts(plan: MergePlan) -> Iterator[dict[str, Any]]:
+    for adapter in plan.adapters:
+        yield {
+            "name": _public_name(adapter.name),
+            "commit": _commit(adapter.folder / ADAPTER_FILE),
+            "fingerprint": weights_fingerprint(adapter.folder),
+            "base_model": _public_name(adapter.settings.get("base_model_name_or_path")),
+            "settings": {key: adapter.settings.get(key) for key in _REPORTED_SETTINGS},
+        }
+    for role, (folder, shards) in plan.companions.items():
+        yield {"name": role, "commit": _commit(shards[0]), "fingerprint": weights_fingerprint(folder)}
+
+
+def _first_adapter(plan: MergePlan) -> dict[str, Any]:
+    facts = next(_update_facts(plan))
+    return {
+        "adapter_commit": facts["commit"],
+        "adapter_fingerprint": facts["fingerprint"],
+        "adapter_base_model": facts.get("base_model"),
+        "adapter_settings": facts.get("settings", {}),
+    }
+
+
+@contextmanager
+def _clear_disk_errors(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Says what a failing disk means for the merge, in place of the system's few words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            cause, remedy = "there is no room", "make room, or choose an output folder on another disk"
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            cause, remedy = "it cannot be written to", "choose an output folder elsewhere"
+        else:
+            raise
+        raise OSError(
+            error.errno,
+            f"The merged checkpoint could not be written to '{output_dir}', {cause} ({error}): {remedy}. Nothing "
+            "was left there.",
+        ) from error
 
 
 def _in_file_order(targets: list[Target], source: CheckpointReader) -> list[Target]:
@@ -141,9 +262,10 @@ def _in_file_order(targets: list[Target], source: CheckpointReader) -> list[Targ
     return sorted(targets, key=lambda target: min(position[tensor] for tensor in target.tensors))
 
 
-def _merged_tensors(targets: list[Target], changed: dict[str, bool], source: CheckpointReader) -> dict[str, str]:
+def _merged_tensors(adapters: list[AdapterPlan], changed: dict[str, bool], source: CheckpointReader) -> dict[str, str]:
     """The tensors that received an update, in the order of the checkpoint, with their dtypes."""
     # Of a module's further parameters, such as the bias that some methods scale, only those that did change.
+    targets = [target for adapter in adapters for target in adapter.targets]
     main = {tensor for target in targets for tensor in next(iter(target.parameters.values())).tensors}
     return {
         name: str(tensor.dtype).removeprefix("torch.")

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import TensorInfo
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from yaml import YAMLError
 
 from gift_trl.checkpoints import (
@@ -31,7 +31,7 @@ from gift_trl.merging.adapter import (
     unsupported_settings,
     unusual_settings,
 )
-from gift_trl.merging.conversion import build_skeleton
+from gift_trl.merging.conversion import DTYPES, build_skeleton, misfits
 from gift_trl.merging.targets import Target, find_targets
 from gift_trl.model_pair import check_same_architecture, load_tokenizer, vocabulary_conflicts
 
@@ -73,6 +73,8 @@ class MergePlan:
             Folder of the instruct checkpoint.
         shards (`list[Path]`):
             Its safetensors files.
+        companions (`dict[str, tuple[Path, list[Path]]]`):
+            Folder and safetensors files of the other checkpoints, by their part in the merge.
         cautions (`list[str]`):
             What is supported but may not be meant.
     """
@@ -80,6 +82,7 @@ class MergePlan:
     adapters: list[AdapterPlan]
     instruct_dir: Path
     shards: list[Path]
+    companions: dict[str, tuple[Path, list[Path]]]
     cautions: list[str]
 
 
@@ -109,6 +112,8 @@ def preflight(
     scale: float,
     overwrite: bool = False,
     saved_modules: str | None = None,
+    companions: Mapping[str, tuple[str, str | None]] | None = None,
+    scaled_by_layers: bool = True,
 ) -> MergePlan:
     """
     Checks a merge and finds the tensors that it changes.
@@ -128,6 +133,11 @@ def preflight(
             Whether an existing output may be replaced.
         saved_modules (`str`, *optional*):
             What to do with tensors that an adapter holds whole: `"replace"` or `"ignore"`. They are refused otherwise.
+        companions (`Mapping[str, tuple[str, str | None]]`, *optional*):
+            Folder or Hub id and revision of further checkpoints, by their part in the merge; they have to hold the same
+            tensors as the instruct model.
+        scaled_by_layers (`bool`, *optional*, defaults to `True`):
+            Whether it is PEFT's layers that scale the update, which those of some types cannot.
 
     Returns:
         `MergePlan`: What to do.
@@ -136,7 +146,7 @@ def preflight(
         `ValueError`: With everything that was found, each with its remedy.
     """
     findings, cautions = _Findings(), []
-    title = ", ".join(f"'{name}'" for name, _ in adapters)
+    title = ", ".join(f"'{name}'" for name, _ in adapters or (companions or {}).values())
     if not math.isfinite(scale):
         findings.append(f"The scale is {scale}: pass a finite number, 1.0 for the update as it was trained.")
     if saved_modules not in (None, *SAVED_MODULES):
@@ -145,7 +155,8 @@ def preflight(
     if output_dir is not None:
         with findings.collect():
             output = check_output_folder(output_dir, overwrite=overwrite)
-    loaded = [_read_adapter(name, revision, scale, saved_modules, findings) for name, revision in adapters]
+    layer_scale = scale if scaled_by_layers else 1.0
+    loaded = [_read_adapter(name, revision, layer_scale, saved_modules, findings) for name, revision in adapters]
 
     # The configuration comes first: an unfit model should not be downloaded to be refused.
     instruct_dir = config = None
@@ -170,21 +181,72 @@ def preflight(
         with findings.collect():
             instruct_dir = checkpoint_folder(instruct_model, instruct_model_revision)
             shards = safetensors_files(instruct_dir)
-            tensors = {name: info for shard in shards for name, info in read_header(shard)[0].tensors.items()}
+            tensors = _checkpoint_tensors(shards)
+            skeletons = [build_skeleton(config) for _ in loaded or [None]]  # each adapter is put on its own
+            findings += _incomplete(skeletons[0], tensors)
     plans = []
-    for adapter in loaded:
+    for number, adapter in enumerate(loaded):
         if not tensors or not adapter.tensors:
             continue
         with findings.collect():
-            targets, misfits = find_targets(
-                adapter.settings, adapter.tensors, build_skeleton(config), tensors, saved_modules
+            targets, problems = find_targets(
+                adapter.settings, adapter.tensors, skeletons[number], tensors, saved_modules
             )
-            findings += misfits
+            findings += problems
             plans.append(AdapterPlan(adapter.name, adapter.folder, adapter.settings, targets, adapter.is_zero))
+    others = {}
+    for role, (name, revision) in (companions or {}).items():
+        with findings.collect():
+            folder = checkpoint_folder(name, revision)
+            others[role] = (folder, safetensors_files(folder))
+            findings += _unlike(role, name, _checkpoint_tensors(others[role][1]), tensors)
+            findings += _overlaps(output, folder) if output is not None else []
     if shards and output is not None:
         findings += _disk_problems(output, sum(shard.stat().st_size for shard in shards))
     findings.raise_any(title, instruct_model)
-    return MergePlan(plans, instruct_dir, shards, cautions)
+    return MergePlan(plans, instruct_dir, shards, others, cautions)
+
+
+def _checkpoint_tensors(shards: list[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        held = read_header(shard)[0].tensors
+        if twice := sorted(tensors.keys() & held.keys()):
+            raise ValueError(
+                f"'{shard.name}' in '{shard.parent}' holds {twice[0]}, which another shard holds too: copy or download the "
+                "checkpoint again."
+            )
+        tensors |= held
+    return tensors
+
+
+def _unlike(role: str, name: str, tensors: dict[str, TensorInfo], instruct: dict[str, TensorInfo]) -> list[str]:
+    """What keeps a checkpoint from being subtracted from another, tensor by tensor."""
+    problems = [f"{tensor} is missing" for tensor in instruct if tensor not in tensors]
+    problems += [
+        f"{tensor} is {list(tensors[tensor].shape)}, not {list(info.shape)}"
+        for tensor, info in instruct.items()
+        if tensor in tensors and list(tensors[tensor].shape) != list(info.shape)
+    ]
+    problems += [f"{tensor} is of dtype {i.dtype}" for tensor, i in tensors.items() if i.dtype not in DTYPES]
+    if not problems or not instruct:
+        return []
+    shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
+    return [
+        f"`{role}` '{name}' differs from the instruct checkpoint in {len(problems)} tensors ({shown}): pass the unquantised "
+        "checkpoint of the model that the instruct model was post-trained from."
+    ]
+
+
+def _incomplete(model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> list[str]:
+    problems = misfits(model, tensors)
+    if not problems:
+        return []
+    shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
+    return [
+        f"The instruct checkpoint does not hold what its configuration promises, in {len(problems)} places ({shown}): "
+        "transformers would load random values there. Copy or download the checkpoint again, unquantised and saved whole."
+    ]
 
 
 @dataclass

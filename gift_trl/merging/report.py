@@ -44,6 +44,10 @@ class MergeReport:
             Number of tensors in the checkpoint.
         num_bytes (`int`):
             Size of the safetensors files.
+        recipe (`dict[str, Any]`):
+            The merge as a recipe, with the commits that were read.
+        updates (`tuple[dict[str, Any], ...]`):
+            Name, commit, fingerprint and settings of every adapter and further checkpoint.
         versions (`dict[str, str]`):
             Versions of the libraries that did the arithmetic.
         duration_s (`float`):
@@ -66,6 +70,8 @@ class MergeReport:
     num_changed: int
     num_tensors: int
     num_bytes: int
+    recipe: dict[str, Any]
+    updates: tuple[dict[str, Any], ...]
     versions: dict[str, str]
     duration_s: float
     warnings: tuple[str, ...]
@@ -77,16 +83,22 @@ class MergeReport:
         Returns:
             `str`: Text of a few lines.
         """
-        settings = self.adapter_settings
-        kind = "rsLoRA" if settings["use_rslora"] else "LoRA"
         lines = [
-            f"Merged {self.adapter} ({kind}, r={settings['r']}, alpha={settings['lora_alpha']}, scale {self.scale:g}) "
-            f"into {self.instruct_model}",
+            f"Merged {self.adapter} ({self._kind()}, scale {self.scale:g}) into {self.instruct_model}",
             f"  {len(self.merged_tensors)} of {self.num_tensors} tensors updated, {self.num_changed} of them changed in "
             f"value; {self.num_bytes / 1e9:.2f} GB in {self.duration_s:.1f} s",
             f"  written to {self.output_dir} (details in {REPORT_FILE})",
         ]
         return "\n".join(lines)
+
+    def _kind(self) -> str:
+        settings, method = self.adapter_settings, self.recipe["method"]
+        if len(self.updates) > 1 or method != "linear":
+            return method
+        if settings["peft_type"] != "LORA":
+            return settings["peft_type"]
+        name = "DoRA" if settings["use_dora"] else "rsLoRA" if settings["use_rslora"] else "LoRA"
+        return f"{name}, r={settings['r']}, alpha={settings['lora_alpha']}"
 
     def to_json(self) -> str:
         """

@@ -284,8 +284,8 @@ def write_module(
         while parts:
             tensor, values = parts.popitem()
             values = values.contiguous()
-            if not _is_finite(values):
-                raise _not_finite(tensor, source, values.dtype)
+            if not is_finite(values):
+                raise not_finite(tensor, source, values.dtype)
             writer.write(tensor, values)
             yield tensor, _differs(values, source, tensor)
 
@@ -297,15 +297,29 @@ def _merge_by_rows(target: Target, name: str, source: CheckpointReader, writer: 
         rows = source.read_rows(name, start, end)
         before = None if changed else rows.clone()
         rows = target.layer.merge_block(rows, start, scale)
-        if not _is_finite(rows):
-            raise _not_finite(name, source, rows.dtype)
+        if not is_finite(rows):
+            raise not_finite(name, source, rows.dtype)
         writer.write(name, rows, start * columns)
         changed = changed or not torch.equal(rows, before)
     return changed
 
 
-def _not_finite(name: str, source: CheckpointReader, dtype: torch.dtype) -> ValueError:
-    if not _is_finite(source.read(name)):
+def not_finite(name: str, source: CheckpointReader, dtype: torch.dtype) -> ValueError:
+    """
+    The error about a merged tensor with values that are not finite, which says whether they came from the checkpoint.
+
+    Args:
+        name (`str`):
+            Name of the tensor.
+        source (`CheckpointReader`):
+            The instruct checkpoint, open.
+        dtype (`torch.dtype`):
+            Dtype of the tensor.
+
+    Returns:
+        `ValueError`: The error.
+    """
+    if not is_finite(source.read(name)):
         return ValueError(
             f"'{name}' of the instruct checkpoint holds NaN or infinite values: copy or download the checkpoint again."
         )
@@ -325,7 +339,17 @@ def _differs(values: torch.Tensor, source: CheckpointReader, name: str) -> bool:
     return False
 
 
-def _is_finite(values: torch.Tensor) -> bool:
+def is_finite(values: torch.Tensor) -> bool:
+    """
+    Whether all values are finite, without a copy of them.
+
+    Args:
+        values (`torch.Tensor`):
+            The values.
+
+    Returns:
+        `bool`: Whether they are.
+    """
     # A finite sum has finite terms, and is the quickest to have; one that is not may only be large.
     return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
 

@@ -99,7 +99,7 @@ def find_targets(
         `tuple[list[Target], list[str]]`: The targets, and one sentence for each thing that does not fit.
     """
     stored = stored_parameters(model, checkpoint)
-    parameters = set(model.state_dict())
+    parameters = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     modules = {name for name, _ in model.named_modules()}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     try:
@@ -123,14 +123,14 @@ def find_targets(
             continue
         names = {name: f"{layer.module}.{name}" for name in layer.parameters}
         tied_targets += [name for name in names.values() if name in tied]
-        homeless += _homeless(names.values(), stored, checkpoint, model)
+        homeless += _homeless(names.values(), stored, checkpoint, parameters)
         targets.append(Target(layer.module, {n: stored[p] for n, p in names.items() if p in stored}, layer))
     if copies and saved_modules == "replace":
         adapted = {name for target in targets for name in target.tensors}
         for key in copies:
             module, _, name = whole[key].rpartition(".")
             tied_targets += [whole[key]] if whole[key] in tied else []
-            homeless += _homeless([whole[key]], stored, checkpoint, model)
+            homeless += _homeless([whole[key]], stored, checkpoint, parameters)
             if whole[key] in stored and set(stored[whole[key]].tensors) & adapted:
                 problems.append(
                     f"The adapter holds '{whole[key]}' whole and updates it too, so it cannot be replaced: merge with "
@@ -178,7 +178,7 @@ def _file_keys(keys: list[str], loaded: LoadedAdapter, adapter: Mapping[str, tor
 def _strangers(
     settings: Mapping[str, Any],
     adapter: Mapping[str, torch.Tensor],
-    parameters: set[str],
+    parameters: Mapping[str, list[int]],
     modules: set[str],
     adapted: set[str],
 ) -> list[str]:
@@ -249,10 +249,9 @@ def _homeless(
     names: Iterable[str],
     stored: Mapping[str, StoredParameter],
     checkpoint: Mapping[str, TensorInfo],
-    model: PreTrainedModel,
+    shapes: Mapping[str, list[int]],
 ) -> list[str]:
     problems = []
-    shapes = {_module_path(name): list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in names:
         if name not in stored:
             problems.append(f"{name} is missing")
@@ -263,10 +262,6 @@ def _homeless(
             elif checkpoint[tensor].dtype not in DTYPES:
                 problems.append(f"{tensor} is of dtype {checkpoint[tensor].dtype}")
     return problems
-
-
-def _module_path(name: str) -> str:
-    return name.replace(".base_layer", "").replace(".token_adapter", "").replace(".original_module", "")
 
 
 def _first(items: list[str], count: int = 3) -> str:

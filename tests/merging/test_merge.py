@@ -160,7 +160,8 @@ def test_companion_files(adapter_and_instruct, tmp_path):
     written = {str(f.relative_to(tmp_path / "merged")): f for f in (tmp_path / "merged").rglob("*") if f.is_file()}
     kept = {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer_config.json", "LICENSE"}
     kept |= {"additional_chat_templates/tool.jinja"}
-    assert set(written) == kept | {"model.safetensors", "merge_report.json"}
+    made = {"model.safetensors", "merge_report.json", "merge_recipe.yaml", "mergekit_config.yml"}
+    assert set(written) == kept | made
     for name in kept:
         assert written[name].read_bytes() == (instruct / name).read_bytes()
     assert {file: file.read_bytes() for file in instruct.rglob("*") if file.is_file()} == before

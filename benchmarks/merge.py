@@ -1,0 +1,277 @@
+"""
+Merges a LoRA adapter into a generated checkpoint in four ways, and measures CPU seconds, memory and bits.
+
+    python benchmarks/merge.py --mergekit-python ENVIRONMENT/bin/python
+
+- **peft**: the usual script: load the model, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`.
+- **mergekit**: `mergekit-yaml` with `model: INSTRUCT+ADAPTER`, in an environment of its own.
+- **gift_trl**: `merge_adapter`.
+- **cp**: `cp -r` of the checkpoint: what has to be read and written at least.
+
+Each run is a process of its own; rounds are interleaved, and medians taken. CPU seconds are user and system time of the
+process and its children, less those of a process that only imports what the method imports. Memory is the peak of anonymous
+memory above the imports. All results are compared tensor by tensor, to the last bit.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The shape of Qwen2.5-1.5B, whose weights take 3.1 GB in bfloat16
+    "1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+_IMPORTS = {
+    "peft": "import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "gift_trl": "from gift_trl.merging import merge_adapter",
+    "gift_trl dora": "from gift_trl.merging import merge_adapter",
+    "mergekit": "from mergekit.scripts.run_yaml import main",
+    "cp": "",
+}
+_MERGES = {
+    "peft": """
+        model = AutoModelForCausalLM.from_pretrained({instruct!r}, dtype="auto")
+        PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained({output!r})
+    """,
+    "gift_trl": "merge_adapter({adapter!r}, {instruct!r}, {output!r})",
+    "gift_trl dora": "merge_adapter({adapter!r} + '-dora', {instruct!r}, {output!r})",
+    "mergekit": """
+        import sys
+        sys.argv = ["mergekit-yaml", {recipe!r}, {output!r}, "--lora-merge-cache", {cache!r}]
+        main()
+    """,
+    "cp": "import subprocess; subprocess.run(['cp', '-r', {instruct!r}, {output!r}], check=True)",
+}
+
+
+def make_inputs(folder: Path, preset: str, rank: int) -> None:
+    """Saves a sharded checkpoint with random weights, a LoRA and a DoRA adapter, and mergekit's recipe."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**PRESETS[preset]), dtype=torch.bfloat16)
+    model.save_pretrained(folder / "instruct", max_shard_size="500MB" if preset != "tiny" else "50KB")
+    _make_tokenizer(PreTrainedTokenizerFast).save_pretrained(folder / "instruct")
+    for name, settings in (("adapter", {}), ("adapter-dora", {"use_dora": True})):
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=MODULES,
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(folder / "instruct"),
+            **settings,
+        )
+        peft_model = get_peft_model(model, config)
+        peft_model.save_pretrained(folder / name)
+        model = peft_model.unload()
+    recipe = {"merge_method": "passthrough", "dtype": "bfloat16"}
+    recipe["models"] = [{"model": f"{folder / 'instruct'}+{folder / 'adapter'}"}]
+    (folder / "mergekit.yaml").write_text(json.dumps(recipe))
+
+
+def _make_tokenizer(tokenizer_class: type) -> Any:
+    # mergekit copies a tokenizer, so there has to be one
+    from tokenizers import Tokenizer, models
+
+    return tokenizer_class(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])), eos_token="b")
+
+
+class _Watch(threading.Thread):
+    """Highest anonymous memory of a process while it runs."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.status, self.peak = Path(f"/proc/{pid}/status"), 0
+
+    def run(self) -> None:
+        while True:
+            try:
+                text = self.status.read_text()
+                self.peak = max(self.peak, int(text.split("RssAnon:")[1].split()[0]))
+            except (OSError, IndexError):
+                return
+            time.sleep(0.002)
+
+
+def run(python: str, code: str, threads: int) -> dict[str, float]:
+    """
+    Runs code in a process of its own.
+
+    Args:
+        python (`str`):
+            Interpreter.
+        code (`str`):
+            Code.
+        threads (`int`):
+            CPU threads it may use.
+
+    Returns:
+        `dict[str, float]`: CPU and wall seconds, and the peak of anonymous memory in MB.
+    """
+    # What `gift_trl` is imported from here, other environments need not have
+    path = str(Path(__file__).parents[1]) if python == sys.executable else ""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    process = subprocess.Popen([python, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    watch = _Watch(process.pid)
+    watch.start()
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(output.decode(errors="replace")[-3000:])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    watch.join()
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu": cpu, "wall": time.monotonic() - started, "peak_mb": watch.peak / 1024}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the dtype, shape and values of every tensor."""
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                tensor = tensors.get_tensor(name)
+                digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                found[name] = digest.hexdigest()
+    return found
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measures every method, and compares what they wrote."""
+    places = {"instruct": str(folder / "instruct"), "adapter": str(folder / "adapter"), "cache": str(folder / "cache")}
+    places["recipe"] = str(folder / "mergekit.yaml")
+    pythons = {"peft": sys.executable, "gift_trl": sys.executable, "cp": sys.executable}
+    if args.mergekit_python:
+        pythons["mergekit"] = args.mergekit_python
+    pythons["gift_trl dora"] = sys.executable
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
+    imports: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
+    written: dict[str, dict[str, str]] = {}
+    for number in range(args.rounds):
+        for name, python in pythons.items():
+            output = folder / f"out-{name.replace(' ', '-')}"
+            code = textwrap.dedent(_MERGES[name]).format(**places, output=str(output))
+            imports[name].append(run(python, _IMPORTS[name] or "pass", args.threads))
+            runs[name].append(run(python, f"{_IMPORTS[name]}\n{code}", args.threads))
+            if number == 0 and name not in ("cp", "gift_trl dora"):
+                written[name] = digests(output)
+            shutil.rmtree(output)
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+    methods = {}
+    for name in pythons:
+        middle = {key: statistics.median(r[key] for r in runs[name]) for key in ("cpu", "wall", "peak_mb")}
+        idle = {key: statistics.median(r[key] for r in imports[name]) for key in ("cpu", "wall", "peak_mb")}
+        methods[name] = {
+            "cpu_s": middle["cpu"] - idle["cpu"],
+            "wall_s": middle["wall"] - idle["wall"],
+            "peak_mb_above_import": middle["peak_mb"] - idle["peak_mb"],
+            "rounds": runs[name],
+            "import_rounds": imports[name],
+        }
+        if name in written and name != "gift_trl":
+            other, ours = written[name], written["gift_trl"]
+            # Saved anew, a tied output layer may be written once more
+            methods[name]["tensors_equal_to_gift_trl"] = sum(other.get(key) == value for key, value in ours.items())
+            methods[name]["tensors"] = len(ours)
+    return methods
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on, without names of hosts or folders."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    libraries = ("torch", "transformers", "peft", "safetensors")
+    facts = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+        **{name: version(name) for name in libraries},
+    }
+    if args.mergekit_python:
+        code = "from importlib.metadata import version; print(version('mergekit'))"
+        facts["mergekit"] = subprocess.check_output([args.mergekit_python, "-c", code], text=True).strip()
+    return facts
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown table of a result."""
+    ours, lines = (
+        result["methods"]["gift_trl"],
+        ["| method | CPU s | against gift_trl | peak MB above import | same bits |"],
+    )
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, method in result["methods"].items():
+        equal = f"{method['tensors_equal_to_gift_trl']} of {method['tensors']}" if "tensors" in method else ""
+        ratio = method["cpu_s"] / ours["cpu_s"]
+        peak = method["peak_mb_above_import"]
+        lines.append(f"| {name} | {method['cpu_s']:.2f} | {ratio:.2f}× | {peak:,.0f} | {equal} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="1.5b", help="Shape of the model.")
+    parser.add_argument("--rank", type=int, default=64, help="Rank of the adapter.")
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds, each of which runs every method once.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
+    parser.add_argument("--mergekit-python", help="Interpreter of an environment with mergekit; left out without.")
+    parser.add_argument("--work-dir", help="Where to make the checkpoints: about five times the size of one.")
+    parser.add_argument("--output", default=Path(__file__).parent / "results" / "merge-cpu.json", help="Result file.")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="merge_benchmark_", dir=args.work_dir) as folder:
+        make = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import merge; from pathlib import Path; "
+        )
+        make += f"merge.make_inputs(Path({folder!r}), {args.preset!r}, {args.rank})"
+        run(sys.executable, make, args.threads)
+        size = sum(file.stat().st_size for file in (Path(folder) / "instruct").glob("*.safetensors"))
+        facts = {"preset": args.preset, "bytes": size, "rank": args.rank, "modules": MODULES, "machine": machine(args)}
+        result = {**facts, "methods": compare(args, Path(folder))}
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

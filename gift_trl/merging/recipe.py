@@ -1,0 +1,204 @@
+"""A merge written down: which update or updates, combined how, into which model."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+RECIPE_FILE = "merge_recipe.yaml"
+MERGEKIT_FILE = "mergekit_config.yml"
+
+# How the updates of several adapters become one, by PEFT's utilities
+COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+# Methods that also read the base model
+WITH_BASE = ("task_arithmetic", "re_adapt", "lore_adapt", "full_delta")
+_WITH_DENSITY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+@dataclass
+class MergeRecipe:
+    """
+    A merge of one or more updates into an instruct model.
+
+    With M the combined update of the adapters, Δ_I = θ_I − θ_B, λ = `scale` and β = `instruct_weight`:
+
+    | method | merged model |
+    | --- | --- |
+    | `linear`, `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | θ_I + λ·M |
+    | `task_arithmetic`, `re_adapt` | θ_B + β·Δ_I + λ·M |
+    | `lore_adapt` | θ_B + β·(Δ_I, every matrix by its truncated SVD) + λ·M |
+    | `full_delta` | θ_I + λ·(θ_B' − θ_B), with θ_B' a fully fine-tuned base model |
+
+    Args:
+        instruct_model (`str`):
+            Folder or Hub id of the instruct model.
+        adapter (`list[str]`, *optional*):
+            Folders or Hub ids of the adapters.
+        adapter_revision (`list[str]`, *optional*):
+            Revision of each adapter on the Hub.
+        adapter_weight (`list[float]`, *optional*):
+            Weight of each adapter's update. All 1 by default.
+        method (`str`, *optional*, defaults to `"linear"`):
+            As in the table.
+        scale (`float`, *optional*, defaults to `1.0`):
+            λ.
+        instruct_weight (`float`, *optional*, defaults to `1.0`):
+            β.
+        density (`float`, *optional*):
+            Share of the values of each update that is kept, for the methods that prune.
+        majority_sign (`str`, *optional*, defaults to `"total"`):
+            How `ties` and `dare_ties` elect a sign: by the `"total"` of the values or their `"frequency"`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of what `dare_linear` and `dare_ties` drop.
+        rank (`int`, *optional*):
+            Rank to which `lore_adapt` truncates Δ_I.
+        explained_variance (`float`, *optional*):
+            Share of the squared norm of each matrix of Δ_I that `lore_adapt` keeps at least, in place of `rank`.
+        base_model (`str`, *optional*):
+            Folder or Hub id of the base model.
+        tuned_model (`str`, *optional*):
+            Folder or Hub id of the fully fine-tuned base model, for `full_delta`.
+        instruct_model_revision, base_model_revision, tuned_model_revision (`str`, *optional*):
+            Revisions on the Hub.
+        saved_modules (`str`, *optional*):
+            What to do with tensors that an adapter holds whole, see [`merge_adapter`].
+    """
+
+    instruct_model: str
+    adapter: list[str] = field(default_factory=list)
+    adapter_revision: list[str | None] = field(default_factory=list)
+    adapter_weight: list[float] = field(default_factory=list)
+    method: str = "linear"
+    scale: float = 1.0
+    instruct_weight: float = 1.0
+    density: float | None = None
+    majority_sign: str = "total"
+    seed: int = 0
+    rank: int | None = None
+    explained_variance: float | None = None
+    base_model: str | None = None
+    tuned_model: str | None = None
+    instruct_model_revision: str | None = None
+    base_model_revision: str | None = None
+    tuned_model_revision: str | None = None
+    saved_modules: str | None = None
+
+    def __post_init__(self):
+        self.adapter_weight = list(self.adapter_weight or [1.0] * len(self.adapter))
+        self.adapter_revision = list(self.adapter_revision or [None] * len(self.adapter))
+        if problems := self._problems():
+            raise ValueError(" ".join(problems))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is one adapter added to the instruct model, for which PEFT's own arithmetic is exact."""
+        return self.method == "linear" and len(self.adapter) == 1
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.method not in (*COMBINATIONS, *WITH_BASE):
+            problems.append(
+                f"There is no merge method '{self.method}': choose {', '.join((*COMBINATIONS, *WITH_BASE))}."
+            )
+        if self.method == "full_delta":
+            if self.adapter or not self.tuned_model:
+                problems.append("`full_delta` takes a `tuned_model` in place of adapters: set it, and no `adapter`.")
+        elif not self.adapter:
+            problems.append("There is nothing to merge: set `adapter`.")
+        elif self.tuned_model:
+            problems.append(f"`tuned_model` is read by `full_delta` only, not by `{self.method}`: unset one of them.")
+        for name in ("adapter_weight", "adapter_revision"):
+            if len(getattr(self, name)) != len(self.adapter):
+                problems.append(
+                    f"There are {len(self.adapter)} adapters and {len(getattr(self, name))} values of `{name}`: give one each."
+                )
+        numbers = {"instruct_weight": self.instruct_weight}
+        numbers |= {f"adapter_weight[{i}]": weight for i, weight in enumerate(self.adapter_weight)}
+        problems += [
+            f"`{key}` is {value}: pass a finite number." for key, value in numbers.items() if not math.isfinite(value)
+        ]
+        if self.method in WITH_BASE and not self.base_model:
+            problems.append(f"`{self.method}` subtracts the base model: set `base_model`.")
+        if self.method not in WITH_BASE and self.base_model:
+            problems.append(
+                f"`base_model` is not read by `{self.method}`: unset it, or choose a method that subtracts it."
+            )
+        if self.instruct_weight != 1.0 and self.method not in ("task_arithmetic", "re_adapt", "lore_adapt"):
+            problems.append(f"`instruct_weight` is not read by `{self.method}`: unset it.")
+        if self.method in _WITH_DENSITY and (self.density is None or not 0 < self.density <= 1):
+            problems.append(f"`{self.method}` keeps a share of each update: set `density` above 0 and up to 1.")
+        if self.method not in _WITH_DENSITY and self.density is not None:
+            problems.append(f"`density` is not read by `{self.method}`: unset it.")
+        if self.majority_sign not in ("total", "frequency"):
+            problems.append(f"`majority_sign` is '{self.majority_sign}': choose total or frequency.")
+        truncations = [value for value in (self.rank, self.explained_variance) if value is not None]
+        if self.method == "lore_adapt" and len(truncations) != 1:
+            problems.append("`lore_adapt` truncates the difference of the models: set `rank` or `explained_variance`.")
+        if self.method != "lore_adapt" and truncations:
+            problems.append(f"`rank` and `explained_variance` are not read by `{self.method}`: unset them.")
+        if self.rank is not None and self.rank < 1:
+            problems.append(f"`rank` is {self.rank}: it must be at least 1.")
+        if self.explained_variance is not None and not 0 < self.explained_variance <= 1:
+            problems.append(f"`explained_variance` is {self.explained_variance}: it must be above 0 and up to 1.")
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The recipe without what is not set.
+
+        Returns:
+            `dict[str, Any]`: Fields by name.
+        """
+        unused = {"majority_sign", "seed"} if self.method not in ("ties", "dare_ties", "dare_linear") else set()
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key not in unused}
+        return {
+            key: value
+            for key, value in fields.items()
+            if value is not None and value != [] and not (key == "adapter_revision" and not any(value))
+        }
+
+    def write(self, folder: Path) -> None:
+        """
+        Writes the recipe beside the weights, and mergekit's configuration of the same merge where there is one.
+
+        Args:
+            folder (`Path`):
+                Folder of the merged checkpoint.
+        """
+        text = f"# gift-trl merge --config {RECIPE_FILE} --output_dir DIR\n" + _yaml(self.to_dict())
+        (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
+        if (config := self.mergekit_config()) is not None:
+            (folder / MERGEKIT_FILE).write_text(_yaml(config), encoding="utf-8")
+
+    def mergekit_config(self) -> dict[str, Any] | None:
+        """
+        mergekit's configuration of the same merge.
+
+        Returns:
+            `dict[str, Any]` or `None`: The configuration. `None` for `ties`, which weighs otherwise there, for methods that
+            draw at random, and for those that mergekit does not have.
+        """
+        if self.method == "full_delta":
+            models = [(self.instruct_model, 1.0), (self.tuned_model, self.scale)]
+            base = self.base_model
+        elif self.method in ("linear", "task_arithmetic", "re_adapt"):
+            base = self.instruct_model if self.method == "linear" else self.base_model
+            models = [] if self.method == "linear" else [(self.instruct_model, self.instruct_weight)]
+            updates = zip(self.adapter, self.adapter_weight, strict=True)
+            models += [(f"{base}+{adapter}", self.scale * weight) for adapter, weight in updates]
+        else:
+            return None
+        return {
+            "merge_method": "task_arithmetic",
+            "base_model": base,
+            "models": [{"model": model, "parameters": {"weight": weight}} for model, weight in models],
+            "parameters": {"normalize": False},
+        }
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
