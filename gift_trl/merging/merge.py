@@ -19,6 +19,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from gift_trl import __version__
 from gift_trl.checkpoints import ADAPTER_FILE, weights_fingerprint, write_folder
+from gift_trl.merging.kinship import PLOT_FILE, measure_kinship
 from gift_trl.merging.methods import merge_by_method
 from gift_trl.merging.preflight import AdapterPlan, MergePlan, preflight
 from gift_trl.merging.recipe import MERGEKIT_FILE, RECIPE_FILE, MergeRecipe
@@ -29,7 +30,7 @@ from gift_trl.merging.targets import Target
 
 # Weights in other formats and the description of the instruct model would belie the merged one.
 _LEFT_BEHIND_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-_LEFT_BEHIND_NAMES = {"README.md", REPORT_FILE, RECIPE_FILE, MERGEKIT_FILE}
+_LEFT_BEHIND_NAMES = {"README.md", REPORT_FILE, RECIPE_FILE, MERGEKIT_FILE, PLOT_FILE}
 _REPORTED_SETTINGS = (
     "peft_type",
     "r",
@@ -157,6 +158,11 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
     ):
         for reader in (source, *others.values()):
             stack.enter_context(reader)
+        kinship = None
+        if "base_model" in others:
+            kinship = measure_kinship(recipe, plan.adapters, source, others["base_model"])
+            kinship.plot(folder / PLOT_FILE)
+            cautions += kinship.warnings()
         writer = stack.enter_context(MergedWriter(source, folder, bar))
         if recipe.is_plain:
             targets = _in_file_order(plan.adapters[0].targets, source)
@@ -186,6 +192,7 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
             num_bytes=num_bytes,
             recipe=effective.to_dict(),
             updates=tuple(_update_facts(plan)),
+            kinship=kinship.numbers() if kinship else None,
             versions={"gift_trl": __version__, **{library: version(library) for library in _REPORTED_LIBRARIES}},
             duration_s=round(time.monotonic() - started, 3),
             warnings=tuple(cautions),

@@ -135,7 +135,7 @@ def merge_by_method(
     Raises:
         `ValueError`: If a value is not finite.
     """
-    modules = _by_module(adapters, source)
+    modules = modules_of(adapters, source)
     adapted = {tensor for _, stored in modules.values() for part in stored.values() for tensor in part.tensors}
     # Without a base model, or with all of Δ_I, only what the adapters target changes
     every = recipe.method in ("lore_adapt", "full_delta") or recipe.instruct_weight != 1.0
@@ -160,10 +160,22 @@ def merge_by_method(
             yield name, _merge_rest(name, recipe, source, writer, base, tuned)
 
 
-def _by_module(
+def modules_of(
     adapters: Sequence[AdapterPlan], source: CheckpointReader
 ) -> dict[str, tuple[list[tuple[int, Target]], dict[str, StoredParameter]]]:
-    """Targets of all adapters and the parameters that they share, in the order of the file."""
+    """
+    The modules that any of several adapters updates.
+
+    Args:
+        adapters (`Sequence[AdapterPlan]`):
+            The adapters.
+        source (`CheckpointReader`):
+            The instruct checkpoint.
+
+    Returns:
+        `dict[str, tuple[list[tuple[int, Target]], dict[str, StoredParameter]]]`: For each module, in the order of the file,
+        the number of each adapter with its target, and the parameters of all targets.
+    """
     found: dict[str, tuple[list[tuple[int, Target]], dict[str, StoredParameter]]] = {}
     for number, adapter in enumerate(adapters):
         for target in adapter.targets:
@@ -213,11 +225,11 @@ def _merge_rest(
     changed = False
     for start in range(0, elements, max(1, step)):
         count = min(step, elements - start)
-        stored = _elements(source, name, start, count)
+        stored = elements_of(source, name, start, count)
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
-        subtracted = _elements(base, name, start, count)
+        subtracted = elements_of(base, name, start, count)
         if tuned is not None:
-            update = _elements(tuned, name, start, count).to(wide.dtype) - subtracted.to(wide.dtype)
+            update = elements_of(tuned, name, start, count).to(wide.dtype) - subtracted.to(wide.dtype)
             wide = wide + recipe.scale * update
         else:
             view = shape if whole else (count,)
@@ -230,7 +242,23 @@ def _merge_rest(
     return changed
 
 
-def _elements(reader: CheckpointReader, name: str, start: int, count: int) -> torch.Tensor:
+def elements_of(reader: CheckpointReader, name: str, start: int, count: int) -> torch.Tensor:
+    """
+    Reads some elements of a tensor.
+
+    Args:
+        reader (`CheckpointReader`):
+            The checkpoint, open.
+        name (`str`):
+            Name of the tensor.
+        start (`int`):
+            First element.
+        count (`int`):
+            Number of elements.
+
+    Returns:
+        `torch.Tensor` of shape `(count,)`: The elements.
+    """
     tensor = reader.tensors[name]
     size = tensor.dtype.itemsize
     return reader.read_bytes(tensor, start * size, count * size).view(tensor.dtype)

@@ -59,7 +59,7 @@ class MergeRecipe:
         explained_variance (`float`, *optional*):
             Share of the squared norm of each matrix of Δ_I that `lore_adapt` keeps at least, in place of `rank`.
         base_model (`str`, *optional*):
-            Folder or Hub id of the base model.
+            Folder or Hub id of the base model. Given, the kinship of the two models is measured, whatever the method.
         tuned_model (`str`, *optional*):
             Folder or Hub id of the fully fine-tuned base model, for `full_delta`.
         instruct_model_revision, base_model_revision, tuned_model_revision (`str`, *optional*):
@@ -123,10 +123,6 @@ class MergeRecipe:
         ]
         if self.method in WITH_BASE and not self.base_model:
             problems.append(f"`{self.method}` subtracts the base model: set `base_model`.")
-        if self.method not in WITH_BASE and self.base_model:
-            problems.append(
-                f"`base_model` is not read by `{self.method}`: unset it, or choose a method that subtracts it."
-            )
         if self.instruct_weight != 1.0 and self.method not in ("task_arithmetic", "re_adapt", "lore_adapt"):
             problems.append(f"`instruct_weight` is not read by `{self.method}`: unset it.")
         if self.method in _WITH_DENSITY and (self.density is None or not 0 < self.density <= 1):

@@ -48,6 +48,8 @@ class MergeReport:
             The merge as a recipe, with the commits that were read.
         updates (`tuple[dict[str, Any], ...]`):
             Name, commit, fingerprint and settings of every adapter and further checkpoint.
+        kinship (`dict[str, dict[str, float | None]]`, *optional*):
+            ‖θ_I − θ_B‖/‖θ_B‖, ‖M‖/‖θ_I − θ_B‖ and the cosine of the two by kind of module, where a base model was given.
         versions (`dict[str, str]`):
             Versions of the libraries that did the arithmetic.
         duration_s (`float`):
@@ -72,6 +74,7 @@ class MergeReport:
     num_bytes: int
     recipe: dict[str, Any]
     updates: tuple[dict[str, Any], ...]
+    kinship: dict[str, dict[str, float | None]] | None
     versions: dict[str, str]
     duration_s: float
     warnings: tuple[str, ...]
@@ -89,11 +92,18 @@ class MergeReport:
             f"value; {self.num_bytes / 1e9:.2f} GB in {self.duration_s:.1f} s",
             f"  written to {self.output_dir} (details in {REPORT_FILE})",
         ]
+        if self.kinship:
+            change, ratio, cosine = (self.kinship["all"][n] for n in ("relative_change", "update_ratio", "cosine"))
+            parts = [f"the instruct model is {change:.4f} of the base model's norm away from it"] if change else []
+            parts += (
+                [f"the update is {ratio:.2f} times as long as that, at a cosine of {cosine:+.3f}"] if ratio else []
+            )
+            lines.insert(2, f"  {', '.join(parts)} (see kinship.png)" if parts else "  the two models are the same")
         return "\n".join(lines)
 
     def _kind(self) -> str:
         settings, method = self.adapter_settings, self.recipe["method"]
-        if len(self.updates) > 1 or method != "linear":
+        if len(self.recipe.get("adapter", [])) > 1 or method != "linear":
             return method
         if settings["peft_type"] != "LORA":
             return settings["peft_type"]

@@ -172,7 +172,6 @@ def test_recipe_is_written_beside_the_weights(models, tmp_path):
         ({"method": "ties", "density": 1.5}, "up to 1"),
         ({"density": 0.5}, "`density` is not read by `linear`"),
         ({"method": "task_arithmetic"}, "set `base_model`"),
-        ({"base_model": "b"}, "`base_model` is not read by `linear`"),
         ({"instruct_weight": 0.5}, "`instruct_weight` is not read"),
         ({"method": "lore_adapt", "base_model": "b"}, "set `rank` or `explained_variance`"),
         ({"method": "lore_adapt", "base_model": "b", "rank": 0}, "at least 1"),
