@@ -3,6 +3,7 @@
 from gift_trl.merging.merge import merge_adapter, merge_recipe
 from gift_trl.merging.recipe import MergeRecipe
 from gift_trl.merging.report import MergeReport
+from gift_trl.merging.verify import Verification, verify_merge
 
 
-__all__ = ["MergeRecipe", "MergeReport", "merge_adapter", "merge_recipe"]
+__all__ = ["MergeRecipe", "MergeReport", "Verification", "merge_adapter", "merge_recipe", "verify_merge"]
