@@ -3,7 +3,17 @@
 from gift_trl.merging.merge import merge_adapter, merge_recipe
 from gift_trl.merging.recipe import MergeRecipe
 from gift_trl.merging.report import MergeReport
+from gift_trl.merging.sweep import Sweep, sweep_scales
 from gift_trl.merging.verify import Verification, verify_merge
 
 
-__all__ = ["MergeRecipe", "MergeReport", "Verification", "merge_adapter", "merge_recipe", "verify_merge"]
+__all__ = [
+    "MergeRecipe",
+    "MergeReport",
+    "Sweep",
+    "Verification",
+    "merge_adapter",
+    "merge_recipe",
+    "sweep_scales",
+    "verify_merge",
+]

@@ -14,6 +14,7 @@ COMMANDS = {
     "report": "look at annotated data: the distribution of the confidences, rows shaded by them, the lowest tokens",
     "train": "annotate if needed, train the adapter on the base model, merge it if asked (stages 1 to 3)",
     "merge": "add a trained adapter to the instruct model's checkpoint (stage 3)",
+    "sweep": "find the scale of the update that is best on validation data, without writing checkpoints",
     "quickstart": "see the whole method at work on a tiny model pair, in minutes on a CPU",
     "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub.utils import TensorInfo
 from merge_helpers import merged_by_peft, same_bits, tensors_of
 from peft import PeftModel
@@ -409,9 +410,47 @@ def test_command_refuses_wrong_options(tmp_path, capsys):
     assert "the following arguments are required: --instruct_model" in capsys.readouterr().err
 
 
+def test_several_adapters_on_the_command_line(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint()
+    adapters = [str(make_adapter(instruct, name, seed=seed)) for seed, name in enumerate("ab")]
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(f"adapter: [{adapters[1]}]\ninstruct_model: {instruct}\nadapter_weight: [3.0]\nscale: 0.5\n")
+    options = ["--config", str(recipe), "--output_dir", str(tmp_path / "merged")]
+    main([*options, "--adapter", adapters[0], "--adapter", adapters[1], "--adapter_weight", "0.5", "0.25"])
+    written = yaml.safe_load((tmp_path / "merged" / "merge_recipe.yaml").read_text())
+    assert (written["adapter"], written["adapter_weight"], written["scale"]) == (["a", "b"], [0.5, 0.25], 0.5)
+
+
+def test_the_written_recipe_can_be_run_again(make_checkpoint, make_adapter, tmp_path, monkeypatch):
+    instruct = make_checkpoint()
+    adapter = make_adapter(instruct)
+    options = ["--adapter", str(adapter), "--instruct_model", str(instruct), "--scale", "0.7"]
+    main([*options, "--output_dir", str(tmp_path / "merged")])
+    monkeypatch.chdir(tmp_path)  # local folders are named by their last part
+    main(["--config", "merged/merge_recipe.yaml", "--output_dir", "again"])
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        assert same_bits(tensors_of(tmp_path / "again")[name], tensor)
+
+
+def test_verify_on_the_command_line(make_checkpoint, make_adapter, tmp_path, capsys):
+    instruct = make_checkpoint()
+    (instruct / "tokenizer_config.json").unlink()
+    adapter = make_adapter(instruct, spread=0.05)
+    options = ["--adapter", str(adapter), "--instruct_model", str(instruct), "--verify"]
+    main([*options, "--output_dir", str(tmp_path / "merged")])
+    assert "within the bounds" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not what the adapter does at run time: The mean KL divergence is"):
+        main([*options, "--output_dir", str(tmp_path / "tight"), "--verify_max_kl", "-1"])
+    with pytest.raises(ValueError, match="has no counterpart to `--method ties`"):
+        main([*options, "--output_dir", str(tmp_path / "ties"), "--method", "ties", "--density", "0.5"])
+    with pytest.raises(FileNotFoundError, match="a prompt on each line"):
+        main([*options, "--output_dir", str(tmp_path / "prompts"), "--verify_prompts", "nowhere.txt"])
+    assert not (tmp_path / "ties").exists() and not (tmp_path / "prompts").exists()
+
+
 def test_help_names_every_option_and_an_example():
     text = make_parser("gift-trl merge").format_help()
-    for option in ("--adapter", "--instruct_model", "--output_dir", "--scale", "--overwrite", "--adapter_revision"):
+    for option in ("--adapter", "--instruct_model", "--output_dir", "--scale", "--overwrite", "--method", "--verify"):
         assert option in text
     assert "gift-trl merge --adapter outputs/adapter" in text
 
