@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 ADAPTER_FILE = "adapter_model.safetensors"
 
 # Everything `from_pretrained` may read, and nothing else: some repositories hold every weight three times over.
-_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "*POLICY*"]
+_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md"]
+_DESCRIPTION_FILES += ["LICENSE*", "NOTICE*", "*POLICY*"]
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "checkpoint-*/*", "consolidated*"]
 
 # A file of at most this many bytes is hashed whole; of a larger one, the middle of every tensor is.

@@ -1,8 +1,10 @@
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
+from peft import IA3Config
 from safetensors.torch import load_file, save_file
 
 from gift_trl.merging import merge_adapter
@@ -175,7 +177,7 @@ def test_recorded_base_model_is_looked_up_in_the_hub_cache(make_checkpoint, make
         asked.append((name, file, revision))
         return str(base / "config.json")
 
-    monkeypatch.setattr("gift_trl.merging.preflight.try_to_load_from_cache", try_to_load_from_cache)
+    monkeypatch.setattr("gift_trl.merging.checks.try_to_load_from_cache", try_to_load_from_cache)
     refused(adapter, make_checkpoint(), tmp_path / "merged", r"num_attention_heads \(2 against 4\)")
     assert asked == [("org/base", "config.json", "v2")]
 
@@ -248,7 +250,7 @@ def test_output_apart_from_the_inputs(adapter_and_instruct, tmp_path):
 
 def test_disk_space(adapter_and_instruct, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("gift_trl.merging.preflight.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("gift_trl.merging.checks.shutil.disk_usage", lambda path: usage)
     refused(*adapter_and_instruct, tmp_path / "new" / "merged", r"0.0 GB free: make room")
 
 
@@ -264,3 +266,76 @@ def test_weights_are_not_downloaded_for_a_merge_that_is_refused(adapter_and_inst
     monkeypatch.setattr("gift_trl.checkpoints.snapshot_download", snapshot_download)
     refused(adapter, "org/instruct", tmp_path / "merged", "QA-LoRA")
     assert asked == [False]
+
+
+def test_checkpoint_without_a_parameter_that_no_adapter_targets(adapter_and_instruct, tmp_path):
+    # transformers would load random values in its place, and warn
+    adapter, instruct = adapter_and_instruct
+    change_tensors(instruct, lambda t: t.pop("model.norm.weight"))
+    refused(adapter, instruct, tmp_path / "merged", r"in 1 places \(model.norm.weight is missing\).*random values")
+
+
+def test_tied_checkpoint_without_its_embedding(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(tie_word_embeddings=True)
+    adapter = make_adapter(instruct)
+    change_tensors(instruct, lambda t: t.pop("model.embed_tokens.weight"))
+    refused(adapter, instruct, tmp_path / "merged", "model.embed_tokens.weight is missing")
+
+
+def test_tensor_in_two_shards(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint(max_shard_size="20KB")
+    adapter = make_adapter(instruct)
+    shards = sorted(instruct.glob("*.safetensors"))
+    twice = load_file(shards[0]) | load_file(shards[1])
+    save_file(twice, shards[1], metadata={"format": "pt"})
+    refused(adapter, instruct, tmp_path / "merged", "which another shard holds too")
+
+
+def test_base_model_that_the_card_of_the_instruct_model_does_not_name(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, base_model_name_or_path="org/Other-7B")
+    (instruct / "README.md").write_text("---\nbase_model: org/Model-7B\n---\n")
+    with pytest.warns(UserWarning, match="trained on 'org/Other-7B', while .* was made from org/Model-7B"):
+        merge_adapter(adapter, instruct, tmp_path / "merged")
+    change_settings(adapter, base_model_name_or_path="mirror/model-7b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merge_adapter(adapter, instruct, tmp_path / "second")
+
+
+def test_tokenizer_of_the_adapter(adapter_and_instruct, tokenizer, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    tokenizer.save_pretrained(instruct)
+    tokenizer.save_pretrained(adapter)
+    # A padding token that the trainer added does no harm
+    file = adapter / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["added_tokens"].append({**settings["added_tokens"][0], "id": 384, "content": "<|new|>"})
+    file.write_text(json.dumps(settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merge_adapter(adapter, instruct, tmp_path / "merged")
+    settings["added_tokens"][1]["content"] = "<|other|>"
+    settings["model"]["vocab"] = {
+        k.replace("<|start|>", "<|other|>"): v for k, v in settings["model"]["vocab"].items()
+    }
+    file.write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match=r"names 1 special tokens otherwise .* 1 \('<.other.>' against '<.start.>'\)"):
+        merge_adapter(adapter, instruct, tmp_path / "renamed")
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(settings))
+    refused(adapter, instruct, tmp_path / "swapped", "2 token ids mean something else.*was trained on token ids")
+
+
+def test_choices_about_saved_modules(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    refused(adapter, instruct, tmp_path / "merged", "pass one of 'replace', 'ignore'", saved_modules="keep")
+    change_settings(adapter, trainable_token_indices=[3])
+    refused(adapter, instruct, tmp_path / "merged", "cannot be left out", saved_modules="ignore")
+
+
+def test_scale_of_a_type_that_has_none(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint()
+    adapter = make_adapter(instruct, config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    refused(adapter, instruct, tmp_path / "merged", "IA3 layers have none: merge with scale 1.0", scale=0.5)
