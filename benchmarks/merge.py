@@ -55,11 +55,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+# The code of the model is imported late, but imported all the same
+_MODEL = "; from transformers import AutoModelForCausalLM, Qwen2ForCausalLM"
 _IMPORTS = {
-    "peft": "import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "gift_trl": "from gift_trl.merging import merge_adapter",
-    "gift_trl dora": "from gift_trl.merging import merge_adapter",
-    "mergekit": "from mergekit.scripts.run_yaml import main",
+    "peft": f"import torch; from peft import PeftModel{_MODEL}",
+    "gift_trl": f"from gift_trl.merging import merge_adapter{_MODEL}",
+    "gift_trl dora": f"from gift_trl.merging import merge_adapter{_MODEL}",
+    "mergekit": f"from mergekit.scripts.run_yaml import main{_MODEL}",
     "cp": "",
 }
 _MERGES = {
