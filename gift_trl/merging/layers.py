@@ -1,6 +1,7 @@
 """PEFT's layers of an adapter, without weights: they are lent one layer of the instruct model at a time to merge."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import lora
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -21,7 +23,7 @@ ADAPTER_NAME = "default"
 PREFIX = "base_model.model."
 
 # Elements of the update that are made at a time: few enough to stay in a processor's cache, enough to run at full speed.
-_BLOCK_ELEMENTS = 2**18
+_BLOCK_ELEMENTS = 2**19
 # Matrix products of fewer rows take other paths on a CPU, in which the last digit may come out differently.
 _SMALLEST_BLOCK = 16
 
@@ -94,9 +96,14 @@ class AdapterLayer:
             weight[start:end] = self.merge_block(weight[start:end], start, scale)
         return weight
 
-    def merge_block(self, rows: torch.Tensor, start: int, scale: float = 1.0) -> torch.Tensor:
+    def merge_block(
+        self, rows: torch.Tensor, start: int, scale: float = 1.0, *, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Merges the adapter into some rows of a weight.
+
+        Plain LoRA on a half-precision weight is computed here as PEFT's layer computes it, in float32 with one rounding at
+        the end, but without a new tensor for each block; everything else by PEFT's layer.
 
         Args:
             rows (`torch.Tensor` of shape `(N, columns)`):
@@ -105,11 +112,15 @@ class AdapterLayer:
                 Index of the first of them in the weight.
             scale (`float`, *optional*, defaults to `1.0`):
                 Factor of the update.
+            buffer (`torch.Tensor`, *optional*):
+                Flat float32 tensor that holds the update of a block between calls; it grows as needed.
 
         Returns:
             `torch.Tensor` of shape `(N, columns)`: The merged rows.
         """
         end = start + len(rows)
+        if self._is_plain and rows.dtype in (torch.bfloat16, torch.float16):
+            return self._add_product(rows, start, end, scale, torch.empty(0) if buffer is None else buffer)
         # The factor whose one dimension are the rows of the stored weight; the columns of A where that is transposed.
         transposed = type(self.layer) is lora.Embedding or self.layer.fan_in_fan_out
         tensors = {}
@@ -119,6 +130,40 @@ class AdapterLayer:
             else:
                 tensors[name] = tensor if "lora_A" in name else tensor[start:end]
         return self._merge({"weight": rows}, tensors, scale)["weight"]
+
+    @property
+    def _is_plain(self) -> bool:
+        layer = self.layer
+        return (
+            type(layer) is lora.Linear
+            and not layer.lora_variant
+            and not layer.fan_in_fan_out
+            # In float64 PEFT multiplies in float64
+            and all(tensor.dtype != torch.float64 for tensor in self.tensors.values())
+        )
+
+    @torch.no_grad()
+    def _add_product(
+        self, rows: torch.Tensor, start: int, end: int, scale: float, buffer: torch.Tensor
+    ) -> torch.Tensor:
+        a = next(tensor for name, tensor in self.tensors.items() if "lora_A" in name).float()
+        b = next(tensor for name, tensor in self.tensors.items() if "lora_B" in name)[start:end].float()
+        scaling = self._scaling(scale)
+        if buffer.numel() < rows.numel():
+            buffer.resize_(rows.numel())
+        update = buffer[: rows.numel()].view(rows.shape)
+        # A power of two shifts exponents only, before the product as well as after it
+        before = scaling >= 1 and math.frexp(scaling)[0] == 0.5
+        torch.mm(b * scaling if before else b, a, out=update)
+        if not before:
+            update.mul_(scaling)
+        return rows.copy_(update.add_(rows))
+
+    def _scaling(self, scale: float) -> float:
+        self.layer.set_scale(ADAPTER_NAME, scale)
+        scaling = self.layer.scaling[ADAPTER_NAME]
+        self.layer.set_scale(ADAPTER_NAME, 1.0)
+        return scaling
 
     @staticmethod
     def row_blocks(num_rows: int, num_columns: int) -> list[tuple[int, int]]:
@@ -156,7 +201,7 @@ class AdapterLayer:
         try:
             for (held, name, _), (_, _, tensor) in zip(lent, slots, strict=True):
                 held[name] = nn.Parameter(tensor, requires_grad=False) if held[name] is not None else None
-            if scale != 1.0:
+            if scale != 1.0 and _has_scale(layer):
                 layer.set_scale(ADAPTER_NAME, scale)
             layer.merge(adapter_names=[ADAPTER_NAME])
             # A layer without its adapter merges nothing and says nothing.
@@ -165,13 +210,18 @@ class AdapterLayer:
             merged = {name: base_layer._parameters[name].data for name in weights}
         finally:
             layer.merged_adapters.clear()
-            if scale != 1.0:
+            if scale != 1.0 and _has_scale(layer):
                 layer.set_scale(ADAPTER_NAME, 1.0)
             for held, name, empty in lent:
                 held[name] = empty
         if any(tensor.is_meta for tensor in merged.values()):
             raise RuntimeError(f"PEFT merged nothing into the layer of '{self.module}'.")
         return merged
+
+
+def _has_scale(layer: BaseTunerLayer) -> bool:
+    # Rows of trained tokens take the place of the model's: a replacement is not scaled
+    return not isinstance(layer, TrainableTokensLayer)
 
 
 def _slots_of(module: nn.Module, name: str) -> dict[str, Any]:

@@ -167,6 +167,18 @@ def test_trained_tokens_and_biases_replace(make_checkpoint, make_adapter, tmp_pa
     assert_same_as_peft(tmp_path / "merged", instruct, adapter, report)
 
 
+def test_a_replacement_is_not_scaled(make_checkpoint, make_adapter, tmp_path):
+    instruct = make_checkpoint()
+    adapter = make_adapter(make_checkpoint("base", seed=5), trainable_token_indices=[3, 9])
+    for name, scale in (("whole", 1.0), ("half", 0.5)):
+        merge_adapter(adapter, instruct, tmp_path / name, saved_modules="replace", scale=scale)
+    whole, half = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "half")
+    tokens, before = "model.embed_tokens.weight", tensors_of(instruct)
+    assert same_bits(half[tokens], whole[tokens]) and not same_bits(half[tokens], before[tokens])
+    target = "model.layers.0.mlp.down_proj.weight"
+    assert not same_bits(half[target], whole[target]) and not same_bits(half[target], before[target])
+
+
 def test_experts_of_an_adapter_that_names_them_one_by_one(make_checkpoint, make_adapter, tmp_path):
     # As PEFT saved them while transformers had a module for each expert
     instruct = make_checkpoint(architecture="qwen3_moe")
@@ -191,13 +203,14 @@ def test_experts_of_an_adapter_that_names_them_one_by_one(make_checkpoint, make_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [8, 64, 256])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_blocks_of_rows_equal_the_whole(settings, rank, dtype):
+@pytest.mark.parametrize(("alpha", "scale"), [(24, 0.7), (512, 1.0), (16, -0.5)])
+def test_blocks_of_rows_equal_the_whole(settings, rank, dtype, alpha, scale):
     # Sizes that no block divides evenly, and one with as many columns as a large model's
     config = LlamaConfig(
         vocab_size=4003, hidden_size=300, intermediate_size=4001, num_hidden_layers=1, num_attention_heads=1
     )
     targets = ["down_proj", "up_proj", *([] if settings else ["embed_tokens"])]
-    lora = LoraConfig(r=rank, lora_alpha=24, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **settings)
     torch.manual_seed(0)
     shapes = {}
     for name, rows, columns in (("mlp.down_proj", 300, 4001), ("mlp.up_proj", 4001, 300)):
@@ -213,9 +226,9 @@ def test_blocks_of_rows_equal_the_whole(settings, rank, dtype):
     for layer in loaded.layers:
         weight = torch.randn(layer.layer.get_base_layer().weight.shape).to(dtype)
         assert layer.merges_by_rows and len(layer.row_blocks(*weight.shape)) > 1
-        whole = layer.merge({"weight": weight.clone()}, scale=0.7)["weight"]
+        whole = layer.merge({"weight": weight.clone()}, scale=scale)["weight"]
         assert not same_bits(whole, weight)
-        assert same_bits(layer.merge_rows(weight.clone(), scale=0.7), whole), layer.module
+        assert same_bits(layer.merge_rows(weight.clone(), scale=scale), whole), layer.module
 
 
 def test_blocks_of_rows_of_transposed_weights(make_checkpoint, make_adapter, tmp_path, monkeypatch):
