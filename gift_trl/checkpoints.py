@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -245,7 +245,7 @@ def weights_fingerprint(folder: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def check_output_folder(output_dir: str | os.PathLike, *, overwrite: bool = False) -> Path:
+def check_output_folder(output_dir: str | os.PathLike, *, overwrite: bool = False, marks: Sequence[str] = ()) -> Path:
     """
     Checks that a folder may be written, before the work whose result goes there.
 
@@ -254,22 +254,33 @@ def check_output_folder(output_dir: str | os.PathLike, *, overwrite: bool = Fals
             The folder to be.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a folder that has something in it may be replaced.
+        marks (`Sequence[str]`, *optional*, defaults to `()`):
+            Names of files by which a folder that may be replaced is known; it has to hold one of them.
 
     Returns:
         `Path`: The folder with links and relative parts resolved.
 
     Raises:
-        `FileExistsError`: If it is a file, or holds something and `overwrite` is not set, or replacing it would remove
-            the working directory.
+        `FileExistsError`: If it is a file or a mount point, or holds something and `overwrite` is not set or it has none
+            of the `marks`, or replacing it would remove the working directory.
     """
     output_dir = Path(output_dir).expanduser().resolve()
     if output_dir.exists() and not output_dir.is_dir():
         raise FileExistsError(f"'{output_dir}' is a file: choose another output folder.")
+    if os.path.ismount(output_dir):
+        raise FileExistsError(
+            f"'{output_dir}' is a mount point, onto which no finished folder can be renamed: choose a folder inside it."
+        )
     if output_dir.is_dir() and any(output_dir.iterdir()):
         if not overwrite:
             raise FileExistsError(
                 f"'{output_dir}' exists and is not empty: choose another output folder, or overwrite it "
                 "(`overwrite=True`, `--overwrite`)."
+            )
+        if marks and not any((output_dir / name).is_file() for name in marks):
+            raise FileExistsError(
+                f"'{output_dir}' does not look like something that was written here before, it holds no "
+                f"{' and no '.join(marks)}: it is not overwritten. Choose another output folder, or move what it holds away."
             )
         if Path.cwd().is_relative_to(output_dir):
             raise FileExistsError(
@@ -279,7 +290,9 @@ def check_output_folder(output_dir: str | os.PathLike, *, overwrite: bool = Fals
 
 
 @contextmanager
-def write_folder(output_dir: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+def write_folder(
+    output_dir: str | os.PathLike, *, overwrite: bool = False, marks: Sequence[str] = ()
+) -> Iterator[Path]:
     """
     Writes a folder whole or not at all.
 
@@ -291,6 +304,8 @@ def write_folder(output_dir: str | os.PathLike, *, overwrite: bool = False) -> I
             The folder to be. Missing parents are created.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace an `output_dir` that has something in it. The old one stays until the new one is complete.
+        marks (`Sequence[str]`, *optional*, defaults to `()`):
+            As in [`check_output_folder`].
 
     Yields:
         `Path`: The temporary folder, empty.
@@ -298,7 +313,7 @@ def write_folder(output_dir: str | os.PathLike, *, overwrite: bool = False) -> I
     Raises:
         `FileExistsError`: As [`check_output_folder`].
     """
-    output_dir = check_output_folder(output_dir, overwrite=overwrite)
+    output_dir = check_output_folder(output_dir, overwrite=overwrite, marks=marks)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, because a rename is atomic only within a file system.
     token = uuid.uuid4().hex[:12]
@@ -309,7 +324,7 @@ def write_folder(output_dir: str | os.PathLike, *, overwrite: bool = False) -> I
         yield temporary
         _flush(temporary)
         # Looked at again: someone may have written there during a long run.
-        check_output_folder(output_dir, overwrite=overwrite)
+        check_output_folder(output_dir, overwrite=overwrite, marks=marks)
         if output_dir.exists():
             os.rename(output_dir, replaced)
         try:

@@ -259,3 +259,25 @@ def test_check_output_folder(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="holds the working directory"):
         check_output_folder(".", overwrite=True)
     assert check_output_folder("new") == tmp_path / "new"
+
+
+def test_check_output_folder_knows_what_it_may_replace(tmp_path):
+    (tmp_path / "file").touch()
+    assert check_output_folder(tmp_path, overwrite=True) == tmp_path
+    match = "holds no config.json and no report.json: it is not overwritten. Choose another output folder"
+    with pytest.raises(FileExistsError, match=match):
+        check_output_folder(tmp_path, overwrite=True, marks=("config.json", "report.json"))
+    with (
+        pytest.raises(FileExistsError, match="is not overwritten"),
+        write_folder(tmp_path, overwrite=True, marks=["a"]),
+    ):
+        pass
+    (tmp_path / "report.json").touch()
+    check_output_folder(tmp_path, overwrite=True, marks=("config.json", "report.json"))
+    (tmp_path / "empty").mkdir()
+    check_output_folder(tmp_path / "empty", marks=("config.json",))
+
+
+def test_check_output_folder_refuses_mount_points():
+    with pytest.raises(FileExistsError, match=r"'/proc' is a mount point.*choose a folder inside it"):
+        check_output_folder("/proc", overwrite=True)

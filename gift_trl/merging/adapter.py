@@ -1,11 +1,18 @@
 """What an adapter's settings say, and which of them a merge would get wrong."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
+from huggingface_hub import ModelCard
+from packaging.version import InvalidVersion, Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from yaml import YAMLError
+
+from gift_trl.merging.report import public_name
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -66,6 +73,10 @@ _WHOLE_SETTINGS = {
     "modules_to_save": "fully trained modules",
     "trainable_token_indices": "trained token embeddings",
 }
+# What quantised copies of a model add to its name.
+_QUANTISED = re.compile(
+    r"([-_.](unsloth|bnb|nf4|gptq|awq|gguf|mlx|exl2|fp8|fp4|[48]-?bits?|int[48]|w[48]a(8|16)|dynamic))+$"
+)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -140,8 +151,9 @@ def unsupported_settings(
         if whole:
             problems.append(
                 f"The adapter holds {', '.join(whole)} whole, as the base model became, not as an update. Choose: "
-                "`saved_modules='ignore'` (`--saved_modules ignore`) keeps the instruct model's, `'replace'` takes the "
-                "adapter's in their place, as PEFT does. Or train without."
+                "`saved_modules='ignore'` (`--saved_modules ignore`; in the recipe of a training `merge_saved_modules: "
+                "ignore`) keeps the instruct model's, `'replace'` takes the adapter's in their place, as PEFT does. Or "
+                "train without."
             )
     if settings.get("trainable_token_indices") and saved_modules == "ignore":
         problems.append(
@@ -154,19 +166,18 @@ def unsupported_settings(
             "`task_type='CAUSAL_LM'`."
         )
     problems += _unsupported_initialisation(settings)
-    known = set(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__dataclass_fields__) | {"runtime_config"}
-    unknown = sorted(key for key, value in settings.items() if key not in known and value)
-    if unknown:
+    unknown, saved_by = _unknown_settings(settings), _peft_version(settings)
+    if unknown and saved_by is not None and saved_by > Version(peft.__version__):
         problems.append(
-            f"The adapter has settings that the installed PEFT does not know ({', '.join(unknown)}) and would ignore: "
-            "upgrade PEFT to the version that saved the adapter."
+            f"The adapter has settings that the installed PEFT {peft.__version__} does not know ({', '.join(unknown)}) and "
+            f"would ignore: upgrade PEFT to {saved_by}, which saved the adapter."
         )
     return problems
 
 
 def unusual_settings(settings: Mapping[str, Any]) -> list[str]:
     """
-    Names what in an adapter's settings is merged, but makes the merge another one than θ_I + M(φ).
+    Names what in an adapter's settings makes the merge another one than θ_I + M(φ), or may.
 
     Args:
         settings (`Mapping[str, Any]`):
@@ -176,12 +187,73 @@ def unusual_settings(settings: Mapping[str, Any]) -> list[str]:
         `list[str]`: One sentence per reason.
     """
     kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
-    if not settings.get("use_dora") and MERGED_TYPES.get(kind, True):
+    cautions = []
+    if settings.get("use_dora") or not MERGED_TYPES.get(kind, True):
+        cautions.append(
+            f"A {kind} adapter does not add an update but depends on the weights it is put on: what it does to the "
+            "instruct model is not what it learned on the base model. LoRA and rsLoRA are what GIFT is made for."
+        )
+    if unknown := _unknown_settings(settings):
+        cautions.append(
+            f"The adapter has settings that PEFT does not know ({', '.join(unknown)}), another tool's perhaps: they are "
+            "ignored. If one of them changes what the adapter does, convert it with the tool that saved it."
+        )
+    return cautions
+
+
+def foreign_base(settings: dict[str, Any], instruct_model: str, instruct_dir: Path) -> list[str]:
+    """
+    Compares the adapter's base model with the one that the instruct model's card names.
+
+    Args:
+        settings (`dict[str, Any]`):
+            Contents of `adapter_config.json`.
+        instruct_model (`str`):
+            The instruct model, as it was given.
+        instruct_dir (`Path`):
+            Its folder.
+
+    Returns:
+        `list[str]`: A sentence if they differ.
+    """
+    base, card = settings.get("base_model_name_or_path"), instruct_dir / "README.md"
+    if not base or not card.is_file():
+        return []
+    try:
+        known = ModelCard(card.read_text(encoding="utf-8")).data.base_model
+    except (ValueError, YAMLError):
+        return []  # a card that cannot be read says nothing
+    known = [known] if isinstance(known, str) else list(known or [])
+    known = [name for name in map(public_name, known) if name]
+    # Trained on the instruct model itself, it is the plain fine-tuning that GIFT is compared with.
+    if not known or _model_part(base) in map(_model_part, [*known, instruct_model]):
         return []
     return [
-        f"A {kind} adapter does not add an update but depends on the weights it is put on: what it does to the instruct "
-        "model is not what it learned on the base model. LoRA and rsLoRA are what GIFT is made for."
+        f"The adapter was trained on '{public_name(base)}', while the instruct model's card says that it was made from "
+        f"{', '.join(known)}: an update of another model may do harm. `--base_model` reports how far the two are related."
     ]
+
+
+def _model_part(name: str) -> str:
+    # The last part only, of the unquantised model: mirrors and local copies keep it. ModelScope writes dots as `___`.
+    last = (public_name(name) or "").rpartition("/")[2]
+    return _QUANTISED.sub("", last.lower().replace("___", "."))
+
+
+def _unknown_settings(settings: Mapping[str, Any]) -> list[str]:
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"))
+    if config is None:
+        return []
+    known = {*config.__dataclass_fields__, "runtime_config"}
+    return sorted(key for key, value in settings.items() if key not in known and value)
+
+
+def _peft_version(settings: Mapping[str, Any]) -> Version | None:
+    try:
+        # Behind an `@`, PEFT names the commit of a version that was not released.
+        return Version(str(settings.get("peft_version")).partition("@")[0])
+    except InvalidVersion:
+        return None
 
 
 def _unsupported_initialisation(settings: Mapping[str, Any]) -> list[str]:

@@ -1,21 +1,33 @@
 """The single checks of a merge: of the adapter, the checkpoint, what is known of both, and the disk."""
 
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import TensorInfo
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from yaml import YAMLError
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from gift_trl.checkpoints import ADAPTER_FILE, read_header
 from gift_trl.merging.adapter import ADAPTER_CONFIG_FILE
 from gift_trl.merging.conversion import DTYPES, misfits
 from gift_trl.model_pair import check_same_architecture, load_tokenizer, vocabulary_conflicts
+
+
+# The two factors of an update of LoRA, and the bias that it may have.
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
+_BIAS = re.compile(r"\.lora_B\.bias$")
+
+
+# What older versions of transformers saved of a model though it is computed: causal masks and rotary frequencies
+_COMPUTED = re.compile(r"\.(attn|attention)\.(attention\.)?(masked_)?bias$|\.rotary_emb\.inv_freq$|\.position_ids$")
+_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
 
 
 def adapter_header(folder: Path) -> dict[str, TensorInfo]:
@@ -125,7 +137,7 @@ def check_recorded_base(settings: dict[str, Any], instruct_dir: Path) -> None:
 
 def overlapping_folders(output: Path, *inputs: Path | None) -> list[str]:
     """
-    Names input folders that the output lies in, or holds.
+    Names input folders that the output lies in, or of which it holds something.
 
     Args:
         output (`Path`):
@@ -140,11 +152,19 @@ def overlapping_folders(output: Path, *inputs: Path | None) -> list[str]:
     for folder in inputs:
         if folder is None:
             continue
+        # Files may be links: the weights of a Hub cache lie in another folder than the one that is read.
+        files = [*folder.glob("*"), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*")]
         folder = folder.resolve()
+        held = next((file for file in files if file.resolve().is_relative_to(output)), None)
         if output.is_relative_to(folder) or folder.is_relative_to(output):
             problems.append(
                 f"The output folder '{output}' is, lies in, or holds the input folder '{folder}', which is never written "
                 "to: choose an output folder beside it."
+            )
+        elif held is not None:
+            problems.append(
+                f"The output folder '{output}' holds what '{held}' links to, which is read and never written to: choose "
+                "another output folder."
             )
     return problems
 
@@ -162,11 +182,11 @@ def disk_problems(output: Path, num_bytes: int) -> list[str]:
     Returns:
         `list[str]`: One sentence per problem.
     """
-    parent = output
+    parent = output.parent  # where the folder is written before it is renamed
     while not parent.is_dir():
         parent = parent.parent
     problems = []
-    if not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"'{parent}' cannot be written to: choose an output folder elsewhere.")
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
@@ -188,7 +208,7 @@ def check_values(tensors: dict[str, torch.Tensor], findings: list[str]) -> bool:
             Gets a sentence if there are any.
 
     Returns:
-        `bool`: Whether every update of LoRA is zero, having a zero factor.
+        `bool`: Whether every update of a LoRA adapter is zero, having a zero factor.
     """
     broken, zeros = [], set()
     for key, tensor in tensors.items():
@@ -197,13 +217,16 @@ def check_values(tensors: dict[str, torch.Tensor], findings: list[str]) -> bool:
         if extremes.is_floating_point() and not extremes.isfinite().all():
             broken.append(key)
         if not extremes.any():
-            zeros.add(key.rpartition(".lora_")[0])
+            zeros.add(key)
     if broken:
         findings.append(
             f"{len(broken)} of {len(tensors)} tensors of the adapter hold NaN or infinite values (first: {broken[0]}): the "
             "training diverged; train again with a lower learning rate, or take an earlier adapter."
         )
-    return all(".lora_" in key and key.rpartition(".lora_")[0] in zeros for key in tensors)
+    factors = {key: _FACTOR.split(key)[0] for key in tensors if _FACTOR.search(key)}
+    without = {factors[key] for key in zeros & factors.keys()}
+    # A trained bias counts by itself; with a magnitude vector, or in the other types, zeros are no zero update.
+    return all(factors[key] in without if key in factors else _BIAS.search(key) and key in zeros for key in tensors)
 
 
 def check_tokenizers(adapter_dir: Path, instruct_dir: Path) -> list[str]:
@@ -243,39 +266,6 @@ def check_tokenizers(adapter_dir: Path, instruct_dir: Path) -> list[str]:
     ]
 
 
-def foreign_base(settings: dict[str, Any], instruct_model: str, instruct_dir: Path) -> list[str]:
-    """
-    Compares the adapter's base model with the one that the instruct model's card names.
-
-    Args:
-        settings (`dict[str, Any]`):
-            Contents of `adapter_config.json`.
-        instruct_model (`str`):
-            The instruct model, as it was given.
-        instruct_dir (`Path`):
-            Its folder.
-
-    Returns:
-        `list[str]`: A sentence if they differ.
-    """
-    base, card = settings.get("base_model_name_or_path"), instruct_dir / "README.md"
-    if not base or not card.is_file() or base == instruct_model:
-        return []
-    try:
-        known = ModelCard(card.read_text(encoding="utf-8")).data.base_model
-    except (ValueError, YAMLError):
-        return []  # a card that cannot be read says nothing
-    known = [known] if isinstance(known, str) else list(known or [])
-    # The last part only: mirrors and local copies keep it
-    names = {name.rstrip("/").rpartition("/")[2].lower() for name in known}
-    if not names or base.rstrip("/").rpartition("/")[2].lower() in names:
-        return []
-    return [
-        f"The adapter was trained on '{base}', while the instruct model's card says that it was made from "
-        f"{', '.join(known)}: an update of another model may do harm. `--base_model` reports how far the two are related."
-    ]
-
-
 def unlike_tensors(role: str, name: str, tensors: dict[str, TensorInfo], instruct: dict[str, TensorInfo]) -> list[str]:
     """
     Names what keeps a checkpoint from being subtracted from the instruct checkpoint, tensor by tensor.
@@ -293,13 +283,15 @@ def unlike_tensors(role: str, name: str, tensors: dict[str, TensorInfo], instruc
     Returns:
         `list[str]`: A sentence if they differ.
     """
-    problems = [f"{tensor} is missing" for tensor in instruct if tensor not in tensors]
+    pairs = counterparts(tensors, instruct)
+    problems = [f"{tensor} is missing" for tensor, other in pairs.items() if other not in tensors]
+    held = {tensor: tensors[other] for tensor, other in pairs.items() if other in tensors}
     problems += [
-        f"{tensor} is {list(tensors[tensor].shape)}, not {list(info.shape)}"
-        for tensor, info in instruct.items()
-        if tensor in tensors and list(tensors[tensor].shape) != list(info.shape)
+        f"{tensor} is {list(info.shape)}, not {list(instruct[tensor].shape)}"
+        for tensor, info in held.items()
+        if list(info.shape) != list(instruct[tensor].shape)
     ]
-    problems += [f"{tensor} is of dtype {i.dtype}" for tensor, i in tensors.items() if i.dtype not in DTYPES]
+    problems += [f"{tensor} is of dtype {info.dtype}" for tensor, info in held.items() if info.dtype not in DTYPES]
     if not problems or not instruct:
         return []
     shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
@@ -307,6 +299,31 @@ def unlike_tensors(role: str, name: str, tensors: dict[str, TensorInfo], instruc
         f"`{role}` '{name}' differs from the instruct checkpoint in {len(problems)} tensors ({shown}): pass the unquantised "
         "checkpoint of the model that the instruct model was post-trained from."
     ]
+
+
+def counterparts(tensors: Mapping[str, TensorInfo], instruct: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """
+    Pairs the weights of the instruct checkpoint with those of another checkpoint.
+
+    Args:
+        tensors (`Mapping[str, TensorInfo]`):
+            Tensors of the other checkpoint.
+        instruct (`Mapping[str, TensorInfo]`):
+            Those of the instruct checkpoint.
+
+    Returns:
+        `dict[str, str]`: For each weight of the instruct checkpoint, the name of its counterpart, which the other checkpoint
+        may lack. Masks and other values that are computed and not learned are left out.
+    """
+    pairs = {}
+    for name, info in instruct.items():
+        if _COMPUTED.search(name) or info.dtype == "BOOL" or info.dtype.startswith(("U", "I")):
+            continue
+        pairs[name] = name
+        if name not in tensors and name.endswith(("lm_head.weight", "embed_out.weight")):
+            # A model whose output layer is its input embedding need not store it twice
+            pairs[name] = next((n for n in tensors if _INPUT_EMBEDDING.search(n)), name)
+    return pairs
 
 
 def checkpoint_tensors(shards: list[Path]) -> dict[str, TensorInfo]:

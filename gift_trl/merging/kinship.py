@@ -2,8 +2,9 @@
 
 import math
 import os
-import re
+import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from gift_trl.merging.methods import combine, elements_of, modules_of, update_of
+from gift_trl.checkpoints import checkpoint_folder, safetensors_files
+from gift_trl.merging.methods import combine, elements_of, match_names, modules_of, update_of
 from gift_trl.merging.preflight import AdapterPlan
 from gift_trl.merging.recipe import MergeRecipe
 from gift_trl.merging.stream import CheckpointReader
@@ -20,9 +22,10 @@ from gift_trl.merging.stream import CheckpointReader
 
 PLOT_FILE = "kinship.png"
 
-# Two models that have nothing in common are √2 apart, if their weights are of the same size; one that was post-trained from
-# the other is a small fraction of that away.
-_STRANGERS = 0.5
+# The matrices of two models that have nothing in common are √2 apart, if they are of the same size; post-training moves them
+# by a few hundredths. A quarter lies half way between on a logarithmic scale, so that versions of a family that were trained
+# apart for long are noticed too.
+_STRANGERS = 0.25
 _CHUNK_ELEMENTS = 2**20
 
 
@@ -79,10 +82,13 @@ class Kinship:
 
     Args:
         kinds (`dict[str, ModuleKinship]`):
-            By kind of module, such as `q_proj`.
+            By kind of module, such as `q_proj`; biases are a kind of their own, such as `q_proj.bias`.
+        matrices (`set[str]`):
+            The kinds of which the tensors have two dimensions or more.
     """
 
     kinds: dict[str, ModuleKinship] = field(default_factory=dict)
+    matrices: set[str] = field(default_factory=set)
 
     @property
     def overall(self) -> ModuleKinship:
@@ -91,6 +97,13 @@ class Kinship:
         for kind in self.kinds.values():
             total.add(kind)
         return total
+
+    @property
+    def distance(self) -> float | None:
+        """Median of the relative change over the kinds of matrices: a few tensors of large norm do not hide the others."""
+        changes = [self.kinds[kind].relative_change for kind in self.matrices]
+        known = [change for change in changes if change is not None]
+        return statistics.median(known) if known else None
 
     def numbers(self) -> dict[str, dict[str, float | None]]:
         """
@@ -110,16 +123,17 @@ class Kinship:
         Returns:
             `list[str]`: One sentence per reason.
         """
-        change = self.overall.relative_change
-        if change == 0:
+        if self.overall.relative_change == 0:
             return [
                 "The instruct model has the very weights of the base model: this is a plain fine-tuning of the base model."
             ]
-        if change is not None and change > _STRANGERS:
+        distance = self.distance
+        if distance is not None and distance > _STRANGERS:
             return [
-                f"The instruct model is {change:.2f} times the norm of the base model's weights away from it (unrelated "
-                "models: about 1.4): it does not descend from this base model, and an update learned there means nothing "
-                "here. Name the base model of the same family and version."
+                f"The matrices of the instruct model are {distance:.2f} times the norm of the base model's away from them "
+                "(median over the kinds of modules; unrelated models: about 1.4): it does not descend from this base model, "
+                "or from another version of it, and an update learned there means little here. Name the base model of the "
+                "same family and version."
             ]
         return []
 
@@ -176,23 +190,36 @@ def measure_kinship(
         source (`CheckpointReader`):
             The instruct checkpoint, open.
         base (`CheckpointReader`):
-            The base checkpoint, open; it has the same tensors.
+            The base checkpoint, open; it has the same weights.
 
     Returns:
-        [`Kinship`]: The result.
+        [`Kinship`]: The result. In place of adapters, the update of `full_delta` is the tuned model's difference from the
+        base model.
     """
     kinship = Kinship()
+    names = match_names(source, base)
     modules = modules_of(adapters, source)
     adapted = {
         tensor: module for module, (_, stored) in modules.items() for p in stored.values() for tensor in p.tensors
     }
-    total = sum(tensor.num_bytes for tensor in source.tensors.values())
+    total = sum(source.tensors[name].num_bytes for name in names)
     done: set[str] = set()
-    with tqdm(total=total, desc="Comparing with the base model", unit="B", unit_scale=True, delay=2) as bar:
-        for name, tensor in source.tensors.items():
+    with (
+        tqdm(total=total, desc="Comparing with the base model", unit="B", unit_scale=True, delay=2) as bar,
+        ExitStack() as stack,
+    ):
+        tuned = None
+        if recipe.tuned_model:
+            folder = checkpoint_folder(recipe.tuned_model, recipe.tuned_model_revision)
+            tuned = stack.enter_context(CheckpointReader(safetensors_files(folder)))
+            match_names(source, tuned)
+        for name in names:
+            tensor = source.tensors[name]
             sums = kinship.kinds.setdefault(kind_of(name), ModuleKinship())
+            if len(tensor.info.shape) > 1:
+                kinship.matrices.add(kind_of(name))
             if name not in adapted:
-                sums.add(_compare(name, source, base))
+                sums.add(_compare(name, recipe.scale, source, base, tuned))
             elif adapted[name] not in done:
                 done.add(adapted[name])
                 for other, part in _compare_module(adapted[name], modules, recipe, adapters, source, base).items():
@@ -203,7 +230,7 @@ def measure_kinship(
 
 def kind_of(name: str) -> str:
     """
-    The kind of module that a tensor belongs to: the last part of its name that is no number.
+    The kind of module that a tensor belongs to: the last part of its name that is no number; of a bias, with `.bias`.
 
     Args:
         name (`str`):
@@ -212,19 +239,29 @@ def kind_of(name: str) -> str:
     Returns:
         `str`: Such as `q_proj`, `input_layernorm` or `experts.up_proj`.
     """
-    parts = [part for part in re.sub(r"\.(weight|bias)$", "", name).split(".") if not part.isdigit()]
+    if name.endswith(".bias"):
+        return f"{kind_of(name.removesuffix('.bias'))}.bias"
+    parts = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
     return ".".join(parts[-2:]) if "experts" in parts[-2:-1] else parts[-1]
 
 
-def _compare(name: str, source: CheckpointReader, base: CheckpointReader) -> ModuleKinship:
+def _compare(
+    name: str, scale: float, source: CheckpointReader, base: CheckpointReader, tuned: CheckpointReader | None
+) -> ModuleKinship:
     sums = ModuleKinship()
     tensor = source.tensors[name]
     elements = tensor.num_bytes // tensor.dtype.itemsize
     for start in range(0, elements, _CHUNK_ELEMENTS):
         count = min(_CHUNK_ELEMENTS, elements - start)
         before = elements_of(base, name, start, count).float()
+        difference = elements_of(source, name, start, count).float() - before
         sums.base += _square(before)
-        sums.difference += _square(elements_of(source, name, start, count).float() - before)
+        sums.difference += _square(difference)
+        if tuned is not None:
+            update = scale * (elements_of(tuned, name, start, count).float() - before)
+            sums.update += _square(update)
+            sums.target_difference += _square(difference)
+            sums.product += _dot(update, difference)
     return sums
 
 

@@ -23,14 +23,20 @@ from gift_trl.merging.kinship import PLOT_FILE, measure_kinship
 from gift_trl.merging.methods import merge_by_method
 from gift_trl.merging.preflight import AdapterPlan, MergePlan, preflight
 from gift_trl.merging.recipe import MERGEKIT_FILE, RECIPE_FILE, MergeRecipe
-from gift_trl.merging.report import REPORT_FILE, MergeReport
+from gift_trl.merging.report import REPLACED_MARKS, REPORT_FILE, MergeReport, public_name
 from gift_trl.merging.stream import CheckpointReader, MergedWriter, merge_targets
 from gift_trl.merging.targets import Target
+from gift_trl.merging.verify import VERIFICATION_FILE
 
 
 # Weights in other formats and the description of the instruct model would belie the merged one.
 _LEFT_BEHIND_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-_LEFT_BEHIND_NAMES = {"README.md", REPORT_FILE, RECIPE_FILE, MERGEKIT_FILE, PLOT_FILE}
+_LEFT_BEHIND_SUFFIXES |= {".tmp", ".lock", ".incomplete", ".distcp", ".pkl", ".npz"}
+_LEFT_BEHIND_NAMES = {"README.md", REPORT_FILE, RECIPE_FILE, MERGEKIT_FILE, PLOT_FILE, VERIFICATION_FILE}
+# What a trainer keeps to resume, and writes about its run
+_LEFT_BEHIND_NAMES |= {"trainer_state.json", "latest", "zero_to_fp32.py"}
+_LEFT_BEHIND_NAMES |= {f"{split}_results.json" for split in ("train", "eval", "test", "predict", "all")}
+_LEFT_BEHIND_PREFIXES = ("optimizer", "scheduler", "rng_state", "random_states", "events.out.tfevents")
 _REPORTED_SETTINGS = (
     "peft_type",
     "r",
@@ -83,7 +89,9 @@ def merge_adapter(
         saved_modules (`str`, *optional*):
             What to do with tensors of the base model that the adapter holds whole (`modules_to_save`, trained biases and
             token embeddings): `"replace"` puts them in the place of the instruct model's, `"ignore"` leaves them out.
-            Without a choice, such an adapter is refused.
+            Without a choice, such an adapter is refused. A replacement is no update: `scale` leaves it as it is, with a
+            warning if it is not 1. Only a [`MergeRecipe`] of several adapters, or of another method than `"linear"`,
+            takes its difference from the instruct model's tensor for an update and scales that.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace an `output_dir` that has something in it, once the merge has succeeded.
 
@@ -143,15 +151,19 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
     )
     cautions = list(plan.cautions)
     is_zero = bool(plan.adapters) and all(adapter.is_zero for adapter in plan.adapters)
-    if is_zero:
-        cautions.append("Every update of the adapter is exactly zero: nothing was learned, the merge changes nothing.")
+    replaced = [t.module for adapter in plan.adapters for t in adapter.targets if t.replacement is not None]
+    if recipe.is_plain and replaced and scale != 1.0:
+        cautions.append(
+            f"The scale {scale:g} is the update's alone: what the adapter holds whole ({len(replaced)} tensors, the first "
+            f"of {replaced[0]}) takes the place of the instruct model's unscaled."
+        )
 
     source = CheckpointReader(plan.shards)
     num_bytes = sum(shard.stat().st_size for shard in plan.shards)
     others = {role: CheckpointReader(shards) for role, (_, shards) in plan.companions.items()}
     with (
         _clear_disk_errors(output_dir),
-        write_folder(output_dir, overwrite=overwrite) as folder,
+        write_folder(output_dir, overwrite=overwrite, marks=REPLACED_MARKS) as folder,
         # Shown only when the merge takes longer than a moment.
         tqdm(total=num_bytes, desc="Merging", unit="B", unit_scale=True, delay=2) as bar,
         ExitStack() as stack,
@@ -176,7 +188,10 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
             )
         merged = _merged_tensors(plan.adapters, changed, source)
         num_changed = sum(changed.values())
-        if not num_changed and not is_zero:
+        if is_zero:
+            nothing = ", the merge changes nothing" if not num_changed else ""
+            cautions.append(f"Every update of the adapter is exactly zero: nothing was learned{nothing}.")
+        elif not num_changed:
             cautions.append(_nothing_changed(recipe.scale, set(merged.values())))
         effective = _effective(recipe, plan)
         report = MergeReport(
@@ -212,12 +227,12 @@ def _commit(file: Path) -> str | None:
 
 def _effective(recipe: MergeRecipe, plan: MergePlan) -> MergeRecipe:
     """The recipe with the commits that were read, and without the paths of this machine."""
-    changes = {"instruct_model": _public_name(recipe.instruct_model)}
+    changes = {"instruct_model": public_name(recipe.instruct_model)}
     changes["instruct_model_revision"] = _commit(plan.instruct_dir / "config.json")
-    changes["adapter"] = [_public_name(name) for name in recipe.adapter]
+    changes["adapter"] = [public_name(name) for name in recipe.adapter]
     changes["adapter_revision"] = [_commit(adapter.folder / ADAPTER_FILE) for adapter in plan.adapters]
     for role, (_, shards) in plan.companions.items():
-        changes[role] = _public_name(getattr(recipe, role))
+        changes[role] = public_name(getattr(recipe, role))
         changes[f"{role}_revision"] = _commit(shards[0])
     return dataclasses.replace(recipe, **changes)
 
@@ -225,10 +240,10 @@ def _effective(recipe: MergeRecipe, plan: MergePlan) -> MergeRecipe:
 def _update_facts(plan: MergePlan) -> Iterator[dict[str, Any]]:
     for adapter in plan.adapters:
         yield {
-            "name": _public_name(adapter.name),
+            "name": public_name(adapter.name),
             "commit": _commit(adapter.folder / ADAPTER_FILE),
             "fingerprint": weights_fingerprint(adapter.folder),
-            "base_model": _public_name(adapter.settings.get("base_model_name_or_path")),
+            "base_model": public_name(adapter.settings.get("base_model_name_or_path")),
             "settings": {key: adapter.settings.get(key) for key in _REPORTED_SETTINGS},
         }
     for role, (folder, shards) in plan.companions.items():
@@ -253,15 +268,29 @@ def _clear_disk_errors(output_dir: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             cause, remedy = "there is no room", "make room, or choose an output folder on another disk"
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            cause, remedy = "it cannot be written to", "choose an output folder elsewhere"
-        else:
+        elif error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
+        elif not _is_written(error.filename, Path(output_dir).expanduser().resolve()):
+            raise OSError(
+                error.errno,
+                f"The merge cannot read '{os.fsdecode(error.filename)}' ({error}): change its permissions. Nothing was "
+                f"left in '{output_dir}'.",
+            ) from error
+        else:
+            cause, remedy = "it cannot be written to", "choose an output folder elsewhere"
         raise OSError(
             error.errno,
             f"The merged checkpoint could not be written to '{output_dir}', {cause} ({error}): {remedy}. Nothing "
             "was left there.",
         ) from error
+
+
+def _is_written(file: str | bytes | None, output: Path) -> bool:
+    if file is None:  # as in the errors of an open file: those that are read have passed their checks
+        return True
+    path = Path(os.fsdecode(file)).absolute()
+    # The folder and those that hold it, and the temporary ones beside it
+    return output.is_relative_to(path) or str(path).startswith(str(output.parent / f".{output.name}."))
 
 
 def _in_file_order(targets: list[Target], source: CheckpointReader) -> list[Target]:
@@ -290,6 +319,7 @@ def _copy_companions(plan: MergePlan, folder: Path) -> None:
         and file.suffix not in _LEFT_BEHIND_SUFFIXES
         and not (file.name.endswith(".index.json") and file.name != SAFETENSORS_INDEX_FILE)
         and file.name not in _LEFT_BEHIND_NAMES
+        and not file.name.startswith(_LEFT_BEHIND_PREFIXES)
     ]
     # Without config.json nothing loads, so it comes last: what a killed merge leaves behind is not taken for a model.
     for file in sorted(files, key=lambda file: file.name == "config.json"):
@@ -305,11 +335,3 @@ def _nothing_changed(scale: float, dtypes: set[str]) -> str:
         f"No tensor changed: the adapter learned nothing, or every update was lost in rounding to "
         f"{', '.join(sorted(dtypes))}. Merge with a larger scale, or into a float32 copy of the instruct checkpoint."
     )
-
-
-def _public_name(name: str | None) -> str | None:
-    """A Hub id as it is, of a local folder only the last part: paths of the machine are nobody's business."""
-    if not name:
-        return None
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_absolute() or path.is_dir() else name

@@ -1,13 +1,15 @@
 """Merges beyond one adapter: several updates, the difference of the models scaled or truncated, a fully tuned base."""
 
+import math
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from peft.utils import merge_utils
 
 from gift_trl.merging.adapter import MERGED_TYPES
+from gift_trl.merging.checks import counterparts
 from gift_trl.merging.conversion import StoredParameter
 from gift_trl.merging.preflight import AdapterPlan
 from gift_trl.merging.recipe import COMBINATIONS, MergeRecipe
@@ -92,14 +94,38 @@ def truncate(matrix: torch.Tensor, rank: int | None, explained_variance: float |
         return torch.stack([truncate(part, rank, explained_variance) for part in matrix])
     if matrix.shape[0] < matrix.shape[1]:
         return truncate(matrix.T, rank, explained_variance).T
-    # The right singular vectors are the eigenvectors of the smaller Gram matrix: many times quicker, and in float64 exact
-    # far below the digits of the weights.
-    values, vectors = torch.linalg.eigh(matrix.T.double() @ matrix.double())
+    rows = _block_rows(matrix.shape[1])
+    directions = _leading_directions(matrix.split(rows), rank, explained_variance)
+    truncated = torch.empty_like(matrix)
+    for part, target in zip(matrix.split(rows), truncated.split(rows), strict=True):
+        target.copy_(_project(part, directions))
+    return truncated
+
+
+def _leading_directions(
+    blocks: Iterable[torch.Tensor], rank: int | None, explained_variance: float | None
+) -> torch.Tensor:
+    """The right singular vectors that a truncation keeps, of a matrix of which only some rows at a time are in memory."""
+    # They are the eigenvectors of the smaller Gram matrix: many times quicker, and in float64 exact far below the digits
+    # of the weights.
+    gram: torch.Tensor | None = None
+    for block in blocks:
+        wide = block.double()
+        gram = wide.T @ wide if gram is None else gram.addmm_(wide.T, wide)
+    values, vectors = torch.linalg.eigh(gram)
     if rank is None:
         share = values.flip(0).clamp(min=0).cumsum(0)
         rank = int((share < explained_variance * share[-1]).sum()) + 1 if share[-1] > 0 else 1
-    kept = vectors[:, max(0, len(values) - rank) :]
-    return ((matrix.double() @ kept) @ kept.T).to(matrix.dtype)
+    return vectors[:, max(0, len(values) - rank) :]
+
+
+def _project(rows: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    return ((rows.double() @ directions) @ directions.T).to(rows.dtype)
+
+
+def _block_rows(columns: int) -> int:
+    # Products of very few rows are slow
+    return max(256, _CHUNK_ELEMENTS // max(1, columns))
 
 
 def merge_by_method(
@@ -139,7 +165,10 @@ def merge_by_method(
     adapted = {tensor for _, stored in modules.values() for part in stored.values() for tensor in part.tensors}
     # Without a base model, or with all of Δ_I, only what the adapters target changes
     every = recipe.method in ("lore_adapt", "full_delta") or recipe.instruct_weight != 1.0
-    writer.copy_rest(set(source.tensors) if every else adapted)
+    weights_of_all = match_names(source, base) if every else []
+    if tuned is not None:
+        match_names(source, tuned)
+    writer.copy_rest({*weights_of_all, *adapted})
     for module, (entries, parameters) in modules.items():
         weights = {name: stored.assemble(_read(stored, source)) for name, stored in parameters.items()}
         updates: dict[str, list[tuple[torch.Tensor, float]]] = {name: [] for name in parameters}
@@ -150,12 +179,19 @@ def merge_by_method(
         merged = {}
         for name, parts in updates.items():
             update = combine(*zip(*parts, strict=True), recipe, f"{module}.{name}")
-            wide = weights[name].to(update.dtype)
+            before = weights.pop(name)
+            dtype = before.dtype
             if every:
-                wide = _rescaled(wide, parameters[name].assemble(_read(parameters[name], base)), recipe)
-            merged[name] = (wide + recipe.scale * update).to(weights.pop(name).dtype)
+                del before  # for the moment in which the largest intermediate results are made
+                before = parameters[name].assemble(
+                    {
+                        tensor: _whole(_rescaled(tensor, recipe, source, base), source, tensor)
+                        for tensor in parameters[name].tensors
+                    }
+                )
+            merged[name] = (before.to(update.dtype) + recipe.scale * update).to(dtype)
         yield from write_module(parameters, merged, source, writer)
-    for name in source.tensors if every else ():
+    for name in weights_of_all:
         if name not in adapted:
             yield name, _merge_rest(name, recipe, source, writer, base, tuned)
 
@@ -196,17 +232,75 @@ def modules_of(
     return dict(sorted(found.items(), key=first))
 
 
+def _whole(blocks: Iterable[tuple[int, torch.Tensor]], source: CheckpointReader, name: str) -> torch.Tensor:
+    tensor = source.tensors[name]
+    whole = torch.empty(tensor.info.shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    for start, values in blocks:
+        whole.view(-1)[start : start + values.numel()] = values
+    return whole
+
+
 def _read(stored: StoredParameter, reader: CheckpointReader) -> dict[str, torch.Tensor]:
     return {tensor: reader.read(tensor) for tensor in stored.tensors}
 
 
-def _rescaled(instruct: torch.Tensor, base: torch.Tensor, recipe: MergeRecipe) -> torch.Tensor:
-    difference = instruct - base.to(instruct.dtype)
-    if recipe.method == "lore_adapt" and instruct.dim() > 1:
-        kept = truncate(difference, recipe.rank, recipe.explained_variance)
-        return instruct - difference + recipe.instruct_weight * kept
-    # Written so that a weight of 1 leaves the instruct model as it is
-    return instruct + (recipe.instruct_weight - 1.0) * difference
+def _rescaled(
+    name: str, recipe: MergeRecipe, source: CheckpointReader, base: CheckpointReader
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """θ_B + β·Δ_I of a tensor, Δ_I truncated if the recipe says so: the first element of each block and its values, flat."""
+
+    def difference(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values = _wide(source, name, start, count)
+        before = _wide(base, name, start, count).to(values.dtype)
+        return before, values - before
+
+    shape, beta = source.tensors[name].info.shape, recipe.instruct_weight
+    # Of stored tensors, one by one: how transformers joins them in memory does not change what is truncated
+    if recipe.method != "lore_adapt" or len(shape) < 2:
+        for start, count in _chunks(math.prod(shape)):
+            values = _wide(source, name, start, count)
+            # Written so that a weight of 1 leaves the instruct model as it is
+            yield start, values + (beta - 1.0) * (values - _wide(base, name, start, count))
+        return
+    rows, columns = shape[-2:]
+    for first in range(0, math.prod(shape), max(1, rows * columns)):
+        if rows < columns:
+            # Blocks of columns lie scattered in the file; the matrix is no larger than what eigh needs for its rows
+            before, change = difference(first, rows * columns)
+            _check_finite(change, name)
+            kept = truncate(change.view(rows, columns), recipe.rank, recipe.explained_variance)
+            yield first, before.add_(kept.reshape(-1), alpha=beta)
+            continue
+        spans = [(first + start, count) for start, count in _chunks(rows * columns, _block_rows(columns) * columns)]
+
+        def blocks(spans: list[tuple[int, int]] = spans, columns: int = columns) -> Iterator[torch.Tensor]:
+            for start, count in spans:
+                change = difference(start, count)[1]
+                _check_finite(change, name)
+                yield change.view(-1, columns)
+
+        directions = _leading_directions(blocks(), recipe.rank, recipe.explained_variance)
+        for start, count in spans:
+            before, change = difference(start, count)
+            kept = _project(change.view(-1, columns), directions)
+            yield start, before.add_(kept.view(-1), alpha=beta)
+
+
+def _check_finite(difference: torch.Tensor, name: str) -> None:
+    if not is_finite(difference):
+        raise ValueError(
+            f"'{name}' of the instruct or the base checkpoint holds NaN or infinite values: copy or download it again."
+        )
+
+
+def _chunks(elements: int, step: int = _CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    for start in range(0, elements, step):
+        yield start, min(step, elements - start)
+
+
+def _wide(reader: CheckpointReader, name: str, start: int, count: int) -> torch.Tensor:
+    values = elements_of(reader, name, start, count)
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _merge_rest(
@@ -217,29 +311,46 @@ def _merge_rest(
     base: CheckpointReader,
     tuned: CheckpointReader | None,
 ) -> bool:
-    tensor = source.tensors[name]
-    shape = tensor.info.shape
-    whole = recipe.method == "lore_adapt" and len(shape) > 1
-    elements = tensor.num_bytes // tensor.dtype.itemsize
-    step = elements if whole else _CHUNK_ELEMENTS
     changed = False
-    for start in range(0, elements, max(1, step)):
-        count = min(step, elements - start)
-        stored = elements_of(source, name, start, count)
-        wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
-        subtracted = elements_of(base, name, start, count)
-        if tuned is not None:
-            update = elements_of(tuned, name, start, count).to(wide.dtype) - subtracted.to(wide.dtype)
-            wide = wide + recipe.scale * update
-        else:
-            view = shape if whole else (count,)
-            wide = _rescaled(wide.view(view), subtracted.view(view), recipe).reshape(-1)
-        merged = wide.to(stored.dtype)
+    blocks = _rescaled(name, recipe, source, base) if tuned is None else _shifted(name, recipe, source, base, tuned)
+    for start, values in blocks:
+        stored = elements_of(source, name, start, values.numel())
+        merged = values.to(stored.dtype)
         if not is_finite(merged):
             raise not_finite(name, source, merged.dtype)
         writer.write(name, merged, start)
         changed = changed or not torch.equal(merged, stored)
     return changed
+
+
+def _shifted(
+    name: str, recipe: MergeRecipe, source: CheckpointReader, base: CheckpointReader, tuned: CheckpointReader
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """θ_I + λ·(θ_B' − θ_B) of a tensor, by blocks."""
+    for start, count in _chunks(math.prod(source.tensors[name].info.shape)):
+        update = _wide(tuned, name, start, count) - _wide(base, name, start, count)
+        yield start, _wide(source, name, start, count) + recipe.scale * update
+
+
+def match_names(source: CheckpointReader, other: CheckpointReader) -> list[str]:
+    """
+    Makes another checkpoint readable under the names of the instruct checkpoint: a tied output layer that it does not store
+    is its input embedding.
+
+    Args:
+        source (`CheckpointReader`):
+            The instruct checkpoint.
+        other (`CheckpointReader`):
+            The other checkpoint, which has passed its checks. It is changed.
+
+    Returns:
+        `list[str]`: Names of the weights of the instruct checkpoint, without masks and other values that are computed.
+    """
+    infos = [{name: tensor.info for name, tensor in reader.tensors.items()} for reader in (other, source)]
+    pairs = counterparts(*infos)
+    for name, held in pairs.items():
+        other.tensors.setdefault(name, other.tensors[held])
+    return list(pairs)
 
 
 def elements_of(reader: CheckpointReader, name: str, start: int, count: int) -> torch.Tensor:

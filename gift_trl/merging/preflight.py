@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from gift_trl.checkpoints import ADAPTER_FILE, check_output_folder, checkpoint_folder, safetensors_files
-from gift_trl.merging.adapter import SAVED_MODULES, read_adapter_config, unsupported_settings, unusual_settings
+from gift_trl.merging.adapter import (
+    SAVED_MODULES,
+    foreign_base,
+    read_adapter_config,
+    unsupported_settings,
+    unusual_settings,
+)
 from gift_trl.merging.checks import (
     adapter_header,
     check_recorded_base,
@@ -20,13 +28,14 @@ from gift_trl.merging.checks import (
     check_values,
     checkpoint_tensors,
     disk_problems,
-    foreign_base,
     instruct_config,
     missing_parameters,
     overlapping_folders,
     unlike_tensors,
 )
 from gift_trl.merging.conversion import build_skeleton
+from gift_trl.merging.layers import PREFIX
+from gift_trl.merging.report import REPLACED_MARKS
 from gift_trl.merging.targets import Target, find_targets
 
 
@@ -87,7 +96,10 @@ class _Findings(list[str]):
         try:
             yield
         except (OSError, ValueError) as error:
-            self.append(str(error))
+            if isinstance(error, PermissionError) and error.filename:
+                self.append(f"'{error.filename}' cannot be accessed ({error.strerror}): change its permissions.")
+            else:
+                self.append(str(error))
 
     def raise_any(self, adapters: str, instruct_model: str) -> None:
         if len(self) == 1:
@@ -147,8 +159,9 @@ def preflight(
         findings.append(f"`saved_modules` is {saved_modules!r}: pass one of {', '.join(map(repr, SAVED_MODULES))}.")
     output = None
     if output_dir is not None:
+        output = Path(output_dir).expanduser().resolve()
         with findings.collect():
-            output = check_output_folder(output_dir, overwrite=overwrite)
+            check_output_folder(output, overwrite=overwrite, marks=REPLACED_MARKS)
     layer_scale = scale if scaled_by_layers else 1.0
     loaded = [_read_adapter(name, revision, layer_scale, saved_modules, findings) for name, revision in adapters]
 
@@ -183,8 +196,14 @@ def preflight(
         if not tensors or not adapter.tensors:
             continue
         with findings.collect():
+            # PEFT saves such weights whole too, and a choice about the copies would not help.
+            hopeless = _targets_tied_weights(adapter.settings, adapter.tensors, skeletons[number])
             targets, problems = find_targets(
-                adapter.settings, adapter.tensors, skeletons[number], tensors, saved_modules
+                adapter.settings,
+                adapter.tensors,
+                skeletons[number],
+                tensors,
+                "ignore" if hopeless else saved_modules,
             )
             findings += problems
             plans.append(AdapterPlan(adapter.name, adapter.folder, adapter.settings, targets, adapter.is_zero))
@@ -229,3 +248,13 @@ def _read_adapter(
         adapter.is_zero = check_values(tensors, findings)
         adapter.tensors = None if unsupported else tensors
     return adapter
+
+
+def _targets_tied_weights(
+    settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
+) -> bool:
+    """Whether the adapter updates a weight that the model shares between its embedding and its output layer."""
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    mark = PEFT_TYPE_TO_PREFIX_MAPPING[settings["peft_type"]]
+    starts = tuple(f"{PREFIX}{name.rpartition('.')[0]}.{mark}" for name in tied)
+    return any(key.startswith(starts) for key in tensors)

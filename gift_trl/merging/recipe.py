@@ -1,12 +1,18 @@
 """A merge written down: which update or updates, combined how, into which model."""
 
 import dataclasses
+import json
 import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from gift_trl.merging.adapter import MERGED_TYPES
+from gift_trl.merging.report import REPORT_FILE
 
 
 RECIPE_FILE = "merge_recipe.yaml"
@@ -17,6 +23,7 @@ COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 # Methods that also read the base model
 WITH_BASE = ("task_arithmetic", "re_adapt", "lore_adapt", "full_delta")
 _WITH_DENSITY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+_LISTS = ("adapter", "adapter_revision", "adapter_weight")
 
 
 @dataclass
@@ -53,7 +60,7 @@ class MergeRecipe:
         majority_sign (`str`, *optional*, defaults to `"total"`):
             How `ties` and `dare_ties` elect a sign: by the `"total"` of the values or their `"frequency"`.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of what `dare_linear` and `dare_ties` drop.
+            Seed of what `dare_linear` and `dare_ties` drop; each parameter draws by the CRC-32 of `"{seed} {its name}"`.
         rank (`int`, *optional*):
             Rank to which `lore_adapt` truncates Δ_I.
         explained_variance (`float`, *optional*):
@@ -88,6 +95,7 @@ class MergeRecipe:
     saved_modules: str | None = None
 
     def __post_init__(self):
+        self._check_types()
         self.adapter_weight = list(self.adapter_weight or [1.0] * len(self.adapter))
         self.adapter_revision = list(self.adapter_revision or [None] * len(self.adapter))
         if problems := self._problems():
@@ -97,6 +105,26 @@ class MergeRecipe:
     def is_plain(self) -> bool:
         """Whether this is one adapter added to the instruct model, for which PEFT's own arithmetic is exact."""
         return self.method == "linear" and len(self.adapter) == 1
+
+    def _check_types(self) -> None:
+        # A recipe in YAML may hold anything: `1e-1` is text there, and so is every number in quotes
+        problems = []
+        for entry in dataclasses.fields(self):
+            value, kind = getattr(self, entry.name), str(entry.type)
+            if value is None and entry.name in _LISTS:
+                value = []
+            elif entry.name in _LISTS and not isinstance(value, list | tuple):
+                value = [value]
+            try:
+                if entry.name in _LISTS:
+                    value = [_typed(item, kind) for item in value]
+                else:
+                    value = _typed(value, kind)
+            except ValueError as error:
+                problems.append(f"`{entry.name}` is {value!r}: {error}.")
+            setattr(self, entry.name, value)
+        if problems:
+            raise ValueError(" ".join(problems))
 
     def _problems(self) -> list[str]:
         problems = []
@@ -114,7 +142,9 @@ class MergeRecipe:
         for name in ("adapter_weight", "adapter_revision"):
             if len(getattr(self, name)) != len(self.adapter):
                 problems.append(
-                    f"There are {len(self.adapter)} adapters and {len(getattr(self, name))} values of `{name}`: give one each."
+                    f"There are {len(self.adapter)} adapters and {len(getattr(self, name))} values of `{name}`: give one "
+                    f"each. `--adapter` on the command line replaces the adapters of a recipe file, not its `{name}`: give "
+                    f"`--{name}` there too, or remove `{name}` from the file."
                 )
         numbers = {"instruct_weight": self.instruct_weight}
         numbers |= {f"adapter_weight[{i}]": weight for i, weight in enumerate(self.adapter_weight)}
@@ -167,33 +197,79 @@ class MergeRecipe:
         """
         text = f"# gift-trl merge --config {RECIPE_FILE} --output_dir DIR\n" + _yaml(self.to_dict())
         (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
-        if (config := self.mergekit_config()) is not None:
+        report = folder / REPORT_FILE
+        updates = json.loads(report.read_text(encoding="utf-8"))["updates"] if report.is_file() else []
+        settings = [update["settings"] for update in updates if "settings" in update]
+        if (config := self.mergekit_config(settings)) is not None:
             (folder / MERGEKIT_FILE).write_text(_yaml(config), encoding="utf-8")
 
-    def mergekit_config(self) -> dict[str, Any] | None:
+    def mergekit_config(self, adapter_settings: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
         """
         mergekit's configuration of the same merge.
 
+        Args:
+            adapter_settings (`Sequence[Mapping[str, Any]]`, *optional*):
+                `peft_type` and `use_dora` of each adapter. Taken for plain LoRA if not given.
+
         Returns:
             `dict[str, Any]` or `None`: The configuration. `None` for `ties`, which weighs otherwise there, for methods that
-            draw at random, and for those that mergekit does not have.
+            draw at random, and for those that mergekit does not have; for `saved_modules` and for adapters that do not add
+            an update; and for names in which mergekit would read `+` or `@` as the start of an adapter or revision.
         """
-        if self.method == "full_delta":
-            models = [(self.instruct_model, 1.0), (self.tuned_model, self.scale)]
-            base = self.base_model
-        elif self.method in ("linear", "task_arithmetic", "re_adapt"):
-            base = self.instruct_model if self.method == "linear" else self.base_model
-            models = [] if self.method == "linear" else [(self.instruct_model, self.instruct_weight)]
-            updates = zip(self.adapter, self.adapter_weight, strict=True)
-            models += [(f"{base}+{adapter}", self.scale * weight) for adapter, weight in updates]
+        additive = all(MERGED_TYPES.get(s.get("peft_type")) and not s.get("use_dora") for s in adapter_settings)
+        names = [self.instruct_model, *self.adapter, self.base_model or "", self.tuned_model or ""]
+        if self.saved_modules or not additive or any(mark in name for name in names for mark in "+@"):
+            return None
+        # Everything is taken as a difference from the instruct model, as mergekit's base model: from that it also takes
+        # configuration and tokenizer. Its key `tokenizer` would cut the embeddings to the size of the vocabulary.
+        instruct = _reference(self.instruct_model, self.instruct_model_revision)
+        if self.method in ("linear", "task_arithmetic", "re_adapt"):
+            terms = [
+                (f"{instruct}+{_reference(adapter, revision)}", self.scale * weight)
+                for adapter, revision, weight in zip(
+                    self.adapter, self.adapter_revision, self.adapter_weight, strict=True
+                )
+            ]
+            if self.instruct_weight != 1.0:
+                # θ_B + β·(θ_I − θ_B) = θ_I + (1 − β)·(θ_B − θ_I)
+                terms.append((_reference(self.base_model, self.base_model_revision), 1.0 - self.instruct_weight))
+        elif self.method == "full_delta":
+            # λ·(θ_B' − θ_B) = λ·(θ_B' − θ_I) − λ·(θ_B − θ_I)
+            terms = [(_reference(self.tuned_model, self.tuned_model_revision), self.scale)]
+            terms.append((_reference(self.base_model, self.base_model_revision), -self.scale))
         else:
             return None
+        weights: dict[str, float] = {}
+        for model, weight in terms:  # of one model that is named twice, mergekit takes the last only
+            weights[model] = weights.get(model, 0.0) + weight
         return {
             "merge_method": "task_arithmetic",
-            "base_model": base,
-            "models": [{"model": model, "parameters": {"weight": weight}} for model, weight in models],
+            "base_model": instruct,
+            "models": [{"model": model, "parameters": {"weight": weight}} for model, weight in weights.items()],
             "parameters": {"normalize": False},
         }
+
+
+def _reference(model: str, revision: str | None) -> str:
+    return f"{model}@{revision}" if revision else model
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """A value of a recipe as the type of its field, which is `str`, `float` or `int`, in a list or optional."""
+    if value is None and "None" in kind:
+        return None
+    if "str" in kind:
+        if not isinstance(value, str | os.PathLike):
+            raise ValueError("pass text")
+        return os.fspath(value)
+    wanted, expected = (float, "a number") if "float" in kind else (int, "a whole number")
+    try:
+        number = wanted(value) if not isinstance(value, bool | None) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or (wanted is int and not isinstance(value, str) and number != value):
+        raise ValueError(f"pass {expected}")
+    return number
 
 
 def _yaml(values: dict[str, Any]) -> str:

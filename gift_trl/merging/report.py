@@ -2,12 +2,20 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 
 REPORT_FILE = "merge_report.json"
+# What a merged checkpoint may take the place of: a checkpoint, or a merge.
+REPLACED_MARKS = ("config.json", REPORT_FILE)
+
+_CACHED_REPOSITORY = re.compile(r"models--([^/\\]+?)(?:--([^/\\]+))?")
 
 
 @dataclass(frozen=True)
@@ -120,3 +128,31 @@ class MergeReport:
         facts = dataclasses.asdict(self)
         del facts["output_dir"]
         return json.dumps(facts, indent=2) + "\n"
+
+
+def public_name(name: str | None) -> str | None:
+    """
+    The name of a model without the paths of this machine, which are nobody's business.
+
+    Args:
+        name (`str` or `None`):
+            Folder or Hub id.
+
+    Returns:
+        `str` or `None`: A Hub id as it is, the id of the repository for a folder of the Hub cache, of any other folder the
+        last part; `None` if there is no name.
+    """
+    if not name:
+        return None
+    parts = [part for part in re.split(r"[/\\]", name) if part]
+    for part in parts:
+        if cached := _CACHED_REPOSITORY.fullmatch(part):
+            return "/".join(filter(None, cached.groups()))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return parts[-1] if parts else None
+    return name

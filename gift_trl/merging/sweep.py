@@ -3,19 +3,23 @@
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gift_trl.checkpoints import write_folder
+from gift_trl.checkpoints import ADAPTER_FILE, write_folder
+from gift_trl.merging.adapter import ADAPTER_CONFIG_FILE
 from gift_trl.merging.preflight import preflight
-from gift_trl.merging.verify import apply_adapter, set_scale
+from gift_trl.merging.runtime import apply_adapter, set_scale
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def sweep_scales(
     higher_is_better: bool,
     adapter_revision: str | None = None,
     instruct_model_revision: str | None = None,
+    saved_modules: str | None = None,
     dtype: str | torch.dtype = "auto",
 ) -> Sweep:
     """
@@ -147,6 +152,10 @@ def sweep_scales(
             Whether a higher score is the better one.
         adapter_revision, instruct_model_revision (`str`, *optional*):
             Revisions on the Hub.
+        saved_modules (`str`, *optional*):
+            What to do with tensors that the adapter holds whole, as in [`merge_adapter`]: `"replace"` puts them in the place
+            of the instruct model's, at every factor; `"ignore"` leaves them out. Without a choice, such an adapter is
+            refused.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Dtype to load the model in; the checkpoint's own by default.
 
@@ -167,10 +176,16 @@ def sweep_scales(
         None,
         instruct_model_revision=instruct_model_revision,
         scale=hardest,
+        saved_modules=saved_modules,
     )
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = AutoModelForCausalLM.from_pretrained(plan.instruct_dir, dtype=dtype, **placement)
-    model = apply_adapter(model, Path(plan.adapters[0].folder))
+    folder, settings = Path(plan.adapters[0].folder), plan.adapters[0].settings
+    if saved_modules == "ignore":
+        with tempfile.TemporaryDirectory() as updates:
+            model = apply_adapter(model, _only_updates(folder, settings, Path(updates)))
+    else:
+        model = apply_adapter(model, folder)
     entries = []
     for scale in tqdm(scales, desc="Sweeping", unit="scale", delay=2):
         set_scale(model, scale)
@@ -179,3 +194,13 @@ def sweep_scales(
             raise ValueError(f"The score at scale {scale:g} is {value}: leave this scale out, it breaks the model.")
         entries.append(ScaleScore(scale, float(value), error))
     return Sweep(tuple(entries), metric, higher_is_better)
+
+
+def _only_updates(folder: Path, settings: Mapping[str, object], copy: Path) -> Path:
+    """A copy of an adapter without the tensors that it holds whole."""
+    mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[settings['peft_type']]}"
+    tensors = {key: tensor for key, tensor in load_file(folder / ADAPTER_FILE).items() if mark in key}
+    save_file(tensors, copy / ADAPTER_FILE, metadata={"format": "pt"})
+    plain = {**settings, "modules_to_save": None, **({"bias": "none"} if "bias" in settings else {})}
+    (copy / ADAPTER_CONFIG_FILE).write_text(json.dumps(plain), encoding="utf-8")
+    return copy

@@ -1,22 +1,28 @@
-"""Proof of a merge: the merged checkpoint against the instruct model with the adapter applied at run time."""
+"""Proof of a merge: its tensors and files, and the merged model against the adapter applied at run time."""
 
-import gc
 import json
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gift_trl.checkpoints import checkpoint_folder, safetensors_files
-from gift_trl.merging.stream import CheckpointReader
-from gift_trl.model_pair import end_of_turn_token_ids
+from gift_trl.checkpoints import checkpoint_folder
+from gift_trl.merging.proof import (
+    different_files,
+    different_prompts,
+    has_tokenizer,
+    load_own_tokenizer,
+    plan_merge,
+    prove_tensors,
+    render,
+    scale_of,
+    stop_ids,
+)
+from gift_trl.merging.recipe import MergeRecipe
+from gift_trl.merging.runtime import compare_at_run_time
 
 
 VERIFICATION_FILE = "merge_verification.json"
@@ -30,94 +36,167 @@ PROMPTS = (
     "Summarise: The committee met on Monday, agreed on the budget, and postponed all other questions to the next meeting.",
     "Is 97 a prime number? Answer yes or no, then give the reason.",
 )
-# Mean KL divergence that rounding the merged weights to a dtype explains: both models run in float32, and what is left is
-# that rounding, which falls with the square of the dtype's precision.
+# Mean KL divergence that rounding the merged weights to a dtype explains at most: both models run in float32, and what is
+# left is that rounding, which falls with the square of the dtype's precision.
 MAX_KL = {"float64": 1e-8, "float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
+# The merged model must be much closer to the adapter at run time than the instruct model is, by this factor, or as close as
+# rounding the same weights brings it (with some room, for another order of sums), or nothing but noise away.
+_MAX_SHARE, _ROUNDING_ROOM, _NOISE_KL = 0.1, 3.0, 1e-9
 
 
 @dataclass(frozen=True)
 class Verification:
     """
-    What a comparison of the two showed.
+    What the checks showed. The numbers of the comparison at run time are `None` where there was none.
 
     Args:
-        max_logit_difference (`float`):
-            Largest |Δlogit| over all positions and tokens.
-        mean_kl (`float`):
+        num_targets (`int`):
+            Number of tensors that the merge updates, by what the adapter says.
+        wrong_tensors (`dict[str, float]`):
+            Tensors whose bytes differ from those that the merge gives, computed once more, with the largest absolute
+            difference.
+        changed (`list[str]`):
+            Tensors whose bytes differ from the instruct model's.
+        unexpected_changes (`list[str]`):
+            Those among them that the adapter does not target.
+        unchanged_targets (`list[str]`):
+            Targets that are the instruct model's. Unless they are wrong too, rounding swallowed their update.
+        different_files (`list[str]`):
+            Files beside the weights that are not the instruct model's.
+        different_prompts (`list[str]`):
+            Prompts of which the merged folder's tokenizer and chat template make other token ids than the instruct model's.
+        stop_ids_instruct, stop_ids_merged (`dict[str, list[int]]`):
+            Token ids at which an answer ends, by generation, model configuration and tokenizer of each folder.
+        max_logit_difference (`float`, *optional*):
+            Largest |Δlogit| over all positions and tokens, in float32.
+        mean_kl (`float`, *optional*):
             Mean over the positions of KL(run time ‖ merged), in nats.
-        top1_agreement (`float`):
-            Share of the positions at which both find the same token likeliest.
-        num_positions (`int`):
-            Number of positions compared.
-        num_prompts (`int`):
-            Number of prompts.
+        mean_kl_instruct (`float`, *optional*):
+            The same of KL(run time ‖ instruct): what the adapter does.
+        mean_kl_rounding (`float`, *optional*):
+            The same of KL(run time ‖ run time, merged by PEFT in memory and rounded to the checkpoint's dtype): what
+            rounding does.
+        top1_agreement (`float`, *optional*):
+            Share of the positions at which run time and merged find the same token likeliest.
+        num_positions, num_prompts (`int`):
+            Number of positions and prompts compared.
         stopped_at_run_time, stopped_merged (`int`):
             Number of prompts whose greedy answer ends by itself within `max_new_tokens`.
         same_stop (`int`):
             Number of prompts at which both stop, or neither does.
-        changed (`list[str]`):
-            Tensors whose values differ from the instruct model's.
-        unexpected_changes (`list[str]`):
-            Those among them that the adapter does not target.
-        unchanged_targets (`list[str]`):
-            Targets whose values are the instruct model's.
-        max_kl (`float`):
+        tied_stops (`int`):
+            Number of the others whose answers part at a tie: the two tokens are so close that rounding decides.
+        max_kl (`float`, *optional*):
             Bound of `mean_kl`.
+        run_time_reason (`str`):
+            Why there was no comparison at run time; empty if there was.
     """
 
-    max_logit_difference: float
-    mean_kl: float
-    top1_agreement: float
-    num_positions: int
-    num_prompts: int
-    stopped_at_run_time: int
-    stopped_merged: int
-    same_stop: int
+    num_targets: int
+    wrong_tensors: dict[str, float]
     changed: list[str]
     unexpected_changes: list[str]
     unchanged_targets: list[str]
-    max_kl: float
+    different_files: list[str]
+    different_prompts: list[str]
+    stop_ids_instruct: dict[str, list[int]]
+    stop_ids_merged: dict[str, list[int]]
+    max_logit_difference: float | None = None
+    mean_kl: float | None = None
+    mean_kl_instruct: float | None = None
+    mean_kl_rounding: float | None = None
+    top1_agreement: float | None = None
+    num_positions: int = 0
+    num_prompts: int = 0
+    stopped_at_run_time: int = 0
+    stopped_merged: int = 0
+    same_stop: int = 0
+    tied_stops: int = 0
+    max_kl: float | None = None
+    run_time_reason: str = ""
 
     def problems(self) -> list[str]:
         """
-        What is outside the bounds.
+        What is wrong.
 
         Returns:
             `list[str]`: One sentence each; empty if the merge is proven.
         """
         problems = []
+        if self.unexpected_changes:
+            problems.append(
+                f"{len(self.unexpected_changes)} tensors changed that the adapter does not target, the first being "
+                f"{_first(self.unexpected_changes)}."
+            )
+        wrong = [name for name in self.wrong_tensors if name not in self.unexpected_changes]
+        if wrong:
+            problems.append(
+                f"{len(wrong)} of {self.num_targets} targeted tensors are not what the merge gives, by up to "
+                f"{max(self.wrong_tensors[name] for name in wrong):.1e}: {_first(wrong)}. Merge again; differences in "
+                "the last digit come from a merge on another processor or with other versions of the libraries."
+            )
+        if self.different_files:
+            problems.append(
+                f"{len(self.different_files)} files beside the weights are not the instruct model's: "
+                f"{_first(self.different_files)}. Copy them from there."
+            )
+        if self.different_prompts:
+            problems.append(
+                f"Tokenizer or chat template make other token ids of {len(self.different_prompts)} prompts, the first being "
+                f"{self.different_prompts[0]!r}: copy them from the instruct model."
+            )
+        if self.stop_ids_instruct != self.stop_ids_merged:
+            problems.append(
+                f"Answers end at other token ids ({self.stop_ids_merged}) than the instruct model's "
+                f"({self.stop_ids_instruct}): copy its configuration and tokenizer files."
+            )
+        if self.mean_kl is None:
+            return problems
         if not self.mean_kl <= self.max_kl:
             problems.append(
                 f"The mean KL divergence is {self.mean_kl:.2e}, above the bound of {self.max_kl:.0e} that rounding explains."
             )
-        if self.unexpected_changes:
+        share = max(_MAX_SHARE * self.mean_kl_instruct, _ROUNDING_ROOM * self.mean_kl_rounding, _NOISE_KL)
+        if not self.mean_kl <= share:
             problems.append(
-                f"{len(self.unexpected_changes)} tensors changed that the adapter does not target, the first being "
-                f"{self.unexpected_changes[0]}."
+                f"The merged model is no closer to the adapter at run time (mean KL divergence {self.mean_kl:.2e}) than "
+                f"rounding explains ({self.mean_kl_rounding:.2e}), for an adapter that moves the instruct model by "
+                f"{self.mean_kl_instruct:.2e}: part of the update is missing or wrong."
+            )
+        if self.same_stop + self.tied_stops < self.num_prompts:
+            problems.append(
+                f"The answers to {self.num_prompts - self.same_stop - self.tied_stops} of {self.num_prompts} prompts end by "
+                "themselves in one of the two models only, and not because of a tie within rounding."
             )
         return problems
 
     def summary(self) -> str:
         """
-        The comparison in a few lines for the terminal.
+        The checks in a few lines for the terminal.
 
         Returns:
             `str`: Text of a few lines.
         """
         verdict = "within" if not self.problems() else "OUTSIDE"
-        return "\n".join(
-            [
-                f"Verified against the adapter at run time, on {self.num_positions} positions of {self.num_prompts} prompts: "
-                f"{verdict} the bounds",
+        lines = [
+            f"  computed once more: {len(self.changed)} tensors changed, {len(self.unexpected_changes)} of them no target; "
+            f"{len(self.unchanged_targets)} of {self.num_targets} targets unchanged, {len(self.wrong_tensors)} tensors wrong",
+            f"  beside the weights: {len(self.different_files)} files differ, {len(self.different_prompts)} prompts differ",
+        ]
+        if self.mean_kl is None:
+            lines.insert(0, f"Verified, {verdict} the bounds; without the run-time comparison: {self.run_time_reason}")
+        else:
+            lines = [
+                f"Verified against the adapter at run time, on {self.num_positions} positions of {self.num_prompts} "
+                f"prompts: {verdict} the bounds",
                 f"  max |logit difference| {self.max_logit_difference:.2e}, mean KL {self.mean_kl:.2e} (bound "
-                f"{self.max_kl:.0e}), same likeliest token at {100 * self.top1_agreement:.1f} %",
+                f"{self.max_kl:.0e}; rounding {self.mean_kl_rounding:.2e}, instruct model {self.mean_kl_instruct:.2e}), "
+                f"same likeliest token at {100 * self.top1_agreement:.1f} %",
                 f"  greedy answers that end by themselves: {self.stopped_at_run_time} at run time, {self.stopped_merged} "
-                f"merged, alike for {self.same_stop} of {self.num_prompts} prompts",
-                f"  {len(self.changed)} tensors changed, {len(self.unexpected_changes)} of them no target; "
-                f"{len(self.unchanged_targets)} targets unchanged",
-                *(f"  {problem}" for problem in self.problems()),
+                f"merged, alike for {self.same_stop} of {self.num_prompts} prompts, {self.tied_stops} parted by a tie",
+                *lines,
             ]
-        )
+        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems())])
 
 
 def verify_merge(
@@ -128,12 +207,17 @@ def verify_merge(
     adapter_revision: str | None = None,
     instruct_model_revision: str | None = None,
     scale: float = 1.0,
+    saved_modules: str | None = None,
     prompts: Sequence[str] | None = None,
     max_new_tokens: int = 32,
     max_kl: float | None = None,
 ) -> Verification:
     """
-    Compares a merged checkpoint with the instruct model that has the adapter applied at run time, both in float32.
+    Checks a merged checkpoint against the instruct model and the adapter; nothing is taken from its own report.
+
+    Every tensor has to have the bytes that the merge gives, computed once more, and every file beside the weights those of
+    the instruct model. Its tokenizer and chat template have to give the same token ids, its answers to end at the same
+    ones. Then both models run in float32: the merged one, and the instruct model with the adapter applied at run time.
 
     The result is also written into the merged folder. One model is in memory at a time.
 
@@ -148,169 +232,128 @@ def verify_merge(
             Revisions on the Hub.
         scale (`float`, *optional*, defaults to `1.0`):
             Factor of the update in the merge.
+        saved_modules (`str`, *optional*):
+            As in the merge, see [`merge_adapter`]. With `"ignore"` there is no comparison at run time.
         prompts (`Sequence[str]`, *optional*):
             Questions, each put into the chat format as the only message where there is one. Defaults to eight built-in
-            ones.
+            ones, or to rows of random token ids if there is no tokenizer.
         max_new_tokens (`int`, *optional*, defaults to `32`):
             Longest greedy answer. 0 generates none.
         max_kl (`float`, *optional*):
             Bound of the mean KL divergence. Defaults to what rounding to the checkpoint's dtype explains, see `MAX_KL`.
 
     Returns:
-        [`Verification`]: The comparison.
+        [`Verification`]: What was found.
 
     Raises:
-        `ValueError`: If there is no prompt.
+        `ValueError`: If there is no prompt, or no tokenizer for those that are given; if adapter and instruct model cannot
+            be merged; or if the merged checkpoint does not have the instruct model's tensors.
+        `FileNotFoundError`: If the merged checkpoint lacks its configuration or weights.
+    """
+    recipe = MergeRecipe(
+        instruct_model=os.fspath(instruct_model),
+        adapter=[os.fspath(adapter)],
+        adapter_revision=[adapter_revision],
+        scale=scale,
+        instruct_model_revision=instruct_model_revision,
+        saved_modules=saved_modules,
+    )
+    return verify_recipe(merged_dir, recipe, prompts=prompts, max_new_tokens=max_new_tokens, max_kl=max_kl)
+
+
+def verify_recipe(
+    merged_dir: str | os.PathLike,
+    recipe: MergeRecipe,
+    *,
+    prompts: Sequence[str] | None = None,
+    max_new_tokens: int = 32,
+    max_kl: float | None = None,
+) -> Verification:
+    """
+    Checks the merge of a recipe as [`verify_merge`] does; other recipes than one adapter's without the run-time comparison.
+
+    Args:
+        merged_dir (`str` or `os.PathLike`):
+            Folder that [`merge_recipe`] wrote.
+        recipe ([`MergeRecipe`]):
+            The recipe.
+        prompts, max_new_tokens, max_kl (*optional*):
+            As in [`verify_merge`].
+
+    Returns:
+        [`Verification`]: What was found.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: As [`verify_merge`].
     """
     merged_dir = Path(merged_dir)
-    adapter_dir = checkpoint_folder(os.fspath(adapter), adapter_revision)
-    instruct_dir = checkpoint_folder(os.fspath(instruct_model), instruct_model_revision)
-    facts = json.loads((merged_dir / "merge_report.json").read_text(encoding="utf-8"))
-    if max_kl is None:
-        max_kl = max(MAX_KL[dtype] for dtype in facts["merged_tensors"].values())
-    changed = _changed_tensors(merged_dir, instruct_dir)
-    targets = set(facts["merged_tensors"])
-
-    tokenizer = _tokenizer(merged_dir)
-    stops: list[int] = []
-    results = []
-    with tqdm(total=2 * len(prompts or PROMPTS), desc="Verifying", unit="prompt", delay=2) as bar:
-        for merged in (False, True):
-            model = AutoModelForCausalLM.from_pretrained(merged_dir if merged else instruct_dir, dtype=torch.float32)
-            if not merged:
-                model = apply_adapter(model, adapter_dir, scale)
-                rows = _token_rows(tokenizer, prompts, model.config.get_text_config().vocab_size)
-                stops = end_of_turn_token_ids(tokenizer, str(instruct_dir)) if tokenizer is not None else []
-            results.append([_run(model, ids, stops, max_new_tokens, bar) for ids in rows])
-            del model
-            gc.collect()  # before the next one is loaded
-    difference, kl, agreed, positions = 0.0, 0.0, 0, 0
-    for (expected, _), (found, _) in zip(*results, strict=True):
-        difference = max(difference, float((found - expected).abs().max()))
-        log_p, log_q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
-        agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        positions += len(expected)
-    stopped = [[stop for _, stop in result] for result in results]
-    verification = Verification(
-        max_logit_difference=difference,
-        mean_kl=kl / positions,
-        top1_agreement=agreed / positions,
-        num_positions=positions,
-        num_prompts=len(rows),
-        stopped_at_run_time=sum(stopped[0]),
-        stopped_merged=sum(stopped[1]),
-        same_stop=sum(a == b for a, b in zip(*stopped, strict=True)),
-        changed=changed,
-        unexpected_changes=[name for name in changed if name not in targets],
-        unchanged_targets=sorted(targets - set(changed)),
-        max_kl=max_kl,
-    )
+    check_prompts(prompts, recipe.instruct_model, recipe.instruct_model_revision)
+    if not (merged_dir / "config.json").is_file():
+        raise FileNotFoundError(f"'{merged_dir}' has no config.json, so nothing loads it: merge again.")
+    plan = plan_merge(recipe)
+    instruct_dir = plan.instruct_dir
+    proof = prove_tensors(merged_dir, recipe, plan)
+    rows, prompts = None, list(PROMPTS if prompts is None else prompts)
+    if (tokenizer := load_own_tokenizer(instruct_dir)) is not None:
+        rows = render(tokenizer, prompts)
+    else:
+        warnings.warn(
+            f"'{recipe.instruct_model}' has no tokenizer: the merge is verified on random token ids.", stacklevel=3
+        )
+    facts = {
+        "num_targets": len(proof.dtypes),
+        "wrong_tensors": proof.wrong,
+        "changed": proof.changed,
+        "unexpected_changes": [name for name in proof.wrong if name not in proof.dtypes],
+        "unchanged_targets": [name for name in proof.dtypes if name not in set(proof.changed)],
+        "different_files": different_files(merged_dir, plan),
+        "different_prompts": different_prompts(merged_dir, prompts, rows) if rows is not None else [],
+        "stop_ids_instruct": stop_ids(instruct_dir),
+        "stop_ids_merged": stop_ids(merged_dir),
+    }
+    if not recipe.is_plain:
+        facts["run_time_reason"] = f"PEFT applies one adapter at run time, and not the method {recipe.method}."
+    elif recipe.saved_modules == "ignore":
+        facts["run_time_reason"] = "At run time, PEFT applies the modules that were ignored."
+    else:
+        dtype = min(set(proof.dtypes.values()), key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)
+        facts["max_kl"] = MAX_KL[str(dtype).removeprefix("torch.")] if max_kl is None else max_kl
+        folders = (instruct_dir, plan.adapters[0].folder, merged_dir)
+        facts |= compare_at_run_time(*folders, rows, scale_of(recipe), max_new_tokens, dtype)
+    verification = Verification(**facts)
     text = json.dumps({**asdict(verification), "problems": verification.problems()}, indent=2) + "\n"
     (merged_dir / VERIFICATION_FILE).write_text(text, encoding="utf-8")
     return verification
 
 
-def apply_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float = 1.0) -> PreTrainedModel:
+def check_prompts(
+    prompts: Sequence[str] | None, instruct_model: str, instruct_model_revision: str | None = None
+) -> None:
     """
-    Puts an adapter on a model, to be applied at run time.
+    Checks that a merge can be verified on prompts, before the merge.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model. It is changed.
-        adapter_dir (`Path`):
-            Adapter folder.
-        scale (`float`, *optional*, defaults to `1.0`):
-            Factor of the update.
+        prompts (`Sequence[str]`, *optional*):
+            As in [`verify_merge`].
+        instruct_model (`str`):
+            Folder or Hub id of the instruct model.
+        instruct_model_revision (`str`, *optional*):
+            Its revision on the Hub.
 
-    Returns:
-        [`~transformers.PreTrainedModel`]: The model with PEFT's layers in it.
+    Raises:
+        `ValueError`: If there is no prompt, or no tokenizer for those that are given.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT says of the adapter was checked before the merge
-        peft_model = PeftModel.from_pretrained(model, adapter_dir)
-    set_scale(peft_model.get_base_model(), scale)
-    return peft_model.get_base_model().eval()
-
-
-def set_scale(model: PreTrainedModel, scale: float) -> None:
-    """
-    Sets the factor of the update that an adapter makes at run time.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A model with PEFT's layers in it.
-        scale (`float`):
-            Factor; 1.0 is the update as it was trained.
-    """
-    for module in model.modules():
-        scaling: Any = getattr(module, "scaling", None)
-        if isinstance(scaling, dict) and "default" in scaling:
-            module.set_scale("default", scale)
-
-
-def _changed_tensors(merged_dir: Path, instruct_dir: Path) -> list[str]:
-    with (
-        CheckpointReader(safetensors_files(merged_dir)) as merged,
-        CheckpointReader(safetensors_files(instruct_dir)) as instruct,
-    ):
-        changed = []
-        for name, tensor in instruct.tensors.items():
-            step = 2**22
-            for start in range(0, tensor.num_bytes, step):
-                count = min(step, tensor.num_bytes - start)
-                parts = [reader.read_bytes(reader.tensors[name], start, count) for reader in (merged, instruct)]
-                if not torch.equal(*parts):
-                    changed.append(name)
-                    break
-        return changed
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    # A checkpoint without a tokenizer is compared on token ids, which need not mean anything
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def _token_rows(
-    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[str] | None, vocab_size: int
-) -> list[list[int]]:
     if prompts is not None and not prompts:
         raise ValueError(
-            "There is no prompt to verify the merge on: give at least one, or none for the built-in ones."
+            "There is no prompt to verify the merge on: give at least one, or `None` for the built-in ones."
         )
-    if tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocab_size, (len(PROMPTS), 24), generator=generator).tolist()
-    rows = []
-    for prompt in prompts or PROMPTS:
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(prompt).input_ids
-        rows.append(list(ids))
-    return rows
+    folder = checkpoint_folder(instruct_model, instruct_model_revision, weights=False)
+    if prompts is not None and not has_tokenizer(folder):
+        raise ValueError(
+            f"'{instruct_model}' has no tokenizer, so the prompts cannot become token ids: add its tokenizer files, or verify "
+            "without prompts of your own, on random token ids."
+        )
 
 
-@torch.inference_mode()
-def _run(
-    model: PreTrainedModel, ids: list[int], stops: list[int], max_new_tokens: int, bar: tqdm
-) -> tuple[torch.Tensor, bool]:
-    """Logits of every position, and whether the greedy answer ends by itself."""
-    tensor = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=tensor).logits[0].float().cpu()
-    stopped = False
-    if max_new_tokens and stops:
-        answer = model.generate(
-            input_ids=tensor,
-            attention_mask=torch.ones_like(tensor),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=stops[0],
-        )
-        stopped = bool(set(answer[0, len(ids) :].tolist()) & set(stops))
-    bar.update()
-    return logits, stopped
+def _first(items: list[str], count: int = 3) -> str:
+    return ", ".join(items[:count]) + (", ..." if len(items) > count else "")

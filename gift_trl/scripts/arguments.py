@@ -77,6 +77,9 @@ class MergeArguments:
             Coefficient λ of the adapter in the merge θ_I + λ·M(φ).
         merge_overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a `merge_output_dir` that is not empty, once the new model is complete.
+        merge_saved_modules (`str`, *optional*):
+            What to do with modules that were trained whole (`lora_modules_to_save`): `"replace"` the instruct model's by
+            them, unscaled, or `"ignore"` them. Without a choice, a recipe that trains any is refused.
     """
 
     merge_output_dir: str | None = field(
@@ -84,12 +87,22 @@ class MergeArguments:
         metadata={"help": "Folder for the merged model. Without it, training ends with the adapter."},
     )
     merge_scale: float = field(
-        default=1.0, metadata={"help": "Coefficient of the adapter in the merge: instruct model + scale × adapter."}
+        default=1.0, metadata={"help": "Factor of the adapter: instruct model + scale × adapter."}
     )
     merge_overwrite: bool = field(
         default=False,
-        metadata={"help": "Replace a merge_output_dir that is not empty, once the new model is complete."},
+        metadata={"help": "Replace an existing merge_output_dir once the new model is complete."},
     )
+    merge_saved_modules: str | None = field(
+        default=None,
+        metadata={"help": "`replace` by, or `ignore`, what was trained whole (lora_modules_to_save)."},
+    )
+
+    def __post_init__(self):
+        if self.merge_saved_modules not in (None, "replace", "ignore"):
+            raise ValueError(
+                f"`merge_saved_modules` is {self.merge_saved_modules!r}; choose `replace` or `ignore`, or unset it."
+            )
 
 
 # What `--help` shows of the some 250 fields; `--help_all` shows the rest
@@ -104,7 +117,7 @@ _SECTIONS = {
     "training": "output_dir learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps bf16 gradient_checkpointing eval_strategy save_strategy "
     "logging_steps seed use_cpu deepspeed resume_from_checkpoint push_to_hub",
-    "merge": "merge_output_dir merge_scale merge_overwrite",
+    "merge": "merge_output_dir merge_scale merge_overwrite merge_saved_modules",
 }
 
 

@@ -61,7 +61,8 @@ class MergeScriptArguments:
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace an existing output folder.
         verify (`bool`, *optional*, defaults to `False`):
-            Whether to compare the merged checkpoint with the adapter at run time; what is outside the bounds is an error.
+            Whether to prove the merged checkpoint: tensors and files byte by byte, and the model against the adapter at run
+            time; what is wrong or outside the bounds is an error.
         verify_prompts (`str`, *optional*):
             File with a prompt on each line. Eight built-in ones by default.
         verify_max_kl (`float`, *optional*):
@@ -138,7 +139,10 @@ class MergeScriptArguments:
     )
     verify: bool = field(
         default=False,
-        metadata={"help": "Compare the merged checkpoint with the adapter at run time; exit 1 if they differ."},
+        metadata={
+            "help": "Prove the merged checkpoint: compute every tensor once more, compare the files beside the weights, and "
+            "the model with the adapter at run time; exit 1 if they differ."
+        },
     )
     verify_prompts: str | None = field(
         default=None, metadata={"help": "File with a prompt on each line; eight built-in ones by default."}
@@ -206,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             adapter_revision=recipe.adapter_revision[0],
             instruct_model_revision=recipe.instruct_model_revision,
             scale=report.scale,
+            saved_modules=recipe.saved_modules,
             prompts=prompts,
             max_new_tokens=arguments.verify_max_new_tokens,
             max_kl=arguments.verify_max_kl,
@@ -258,6 +263,9 @@ def _check_verification(arguments: MergeScriptArguments, recipe: "MergeRecipe") 
     prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"'{path}' holds no prompt: write one on each line.")
+    from gift_trl.merging.verify import check_prompts
+
+    check_prompts(prompts, recipe.instruct_model, recipe.instruct_model_revision)
     return prompts
 
 

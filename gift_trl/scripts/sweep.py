@@ -41,6 +41,14 @@ class SweepArguments:
             format, lower is better; `"lab"`, the accuracy on the quick start's own held-out problems.
         max_length (`int`, *optional*, defaults to `2048`):
             Longest row in tokens; what is beyond it is cut off.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            As in [`~trl.SFTConfig`]: whether only the assistant's turns of conversations are targets. Without it, every
+            token of `messages` is one, the user's too.
+        completion_only_loss (`bool`, *optional*):
+            As in [`~trl.SFTConfig`]: whether only completions are targets. By default they are where the rows have a prompt
+            and a completion.
+        saved_modules (`str`, *optional*):
+            What to do with tensors that the adapter holds whole, see [`~gift_trl.merging.sweep_scales`].
         instruct_model_revision, adapter_revision (`str`, *optional*):
             Revisions on the Hub.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -64,6 +72,28 @@ class SweepArguments:
         },
     )
     max_length: int = field(default=2048, metadata={"help": "Longest row in tokens."})
+    assistant_only_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the assistant's turns of conversations only, as SFTConfig's option of that name. Without it, the "
+            "user's turns of `messages` rows count too."
+        },
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Score completions only, as SFTConfig's option of that name; by default where rows have a prompt and a "
+            "completion."
+        },
+    )
+    saved_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with tensors of the base model that the adapter holds whole, as in `gift-trl merge`: "
+            "`replace` the instruct model's by them, at every scale, or `ignore` them.",
+            "choices": ["replace", "ignore"],
+        },
+    )
     instruct_model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the instruct model on the Hub."}
     )
@@ -129,7 +159,14 @@ def main(argv: list[str] | None = None) -> None:
         metric, higher_is_better = "negative log-likelihood per token", False
 
         def score(model: "PreTrainedModel") -> tuple[float, float]:
-            return negative_log_likelihood(model, tokenizer, dataset, arguments.max_length)
+            return negative_log_likelihood(
+                model,
+                tokenizer,
+                dataset,
+                arguments.max_length,
+                assistant_only_loss=arguments.assistant_only_loss,
+                completion_only_loss=arguments.completion_only_loss,
+            )
 
     else:
         from gift_trl.lab.evaluation import evaluate_model, make_evaluation_set
@@ -150,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         higher_is_better=higher_is_better,
         adapter_revision=arguments.adapter_revision,
         instruct_model_revision=arguments.instruct_model_revision,
+        saved_modules=arguments.saved_modules,
         dtype=arguments.dtype,
     )
     sweep.write(arguments.output_dir, overwrite=arguments.overwrite)
@@ -157,7 +195,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def negative_log_likelihood(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset", max_length: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset",
+    max_length: int,
+    *,
+    assistant_only_loss: bool = False,
+    completion_only_loss: bool | None = None,
 ) -> tuple[float, float]:
     """
     Mean negative log-likelihood of the target tokens, tokenised as for the training.
@@ -171,6 +215,10 @@ def negative_log_likelihood(
             Rows in any of TRL's formats.
         max_length (`int`):
             Longest row in tokens.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether only the assistant's turns of conversations are targets.
+        completion_only_loss (`bool`, *optional*):
+            Whether only completions are targets; by default where the rows have a prompt and a completion.
 
     Returns:
         `tuple[float, float]`: The mean over all target tokens, and its standard error over the rows.
@@ -180,7 +228,13 @@ def negative_log_likelihood(
 
     from gift_trl.annotation import annotate_dataset
 
-    args = SFTConfig(max_length=max_length, bf16=False, report_to="none")
+    args = SFTConfig(
+        max_length=max_length,
+        assistant_only_loss=assistant_only_loss,
+        completion_only_loss=completion_only_loss,
+        bf16=False,
+        report_to="none",
+    )
     columns = [name for name in dataset.column_names if name not in ("confidences", "original_index")]
     scored = annotate_dataset(dataset.select_columns(columns), model, tokenizer, args=args, dataset_name="validation")
     sums, counts = [], []

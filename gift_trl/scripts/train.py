@@ -89,6 +89,7 @@ def train(
                 merge_args.merge_output_dir,
                 instruct_model_revision=training_args.instruct_model_revision,
                 scale=merge_args.merge_scale,
+                saved_modules=merge_args.merge_saved_modules,
                 overwrite=merge_args.merge_overwrite,
             )
             print(report.summary())
@@ -113,6 +114,7 @@ def _check_recipe(
 
     from gift_trl.checkpoints import check_output_folder
     from gift_trl.merging.adapter import unsupported_settings
+    from gift_trl.merging.report import REPLACED_MARKS
     from gift_trl.training.resume import last_complete_checkpoint
 
     if model_args.model_name_or_path is None:
@@ -124,7 +126,9 @@ def _check_recipe(
             raise ValueError(
                 "`merge_output_dir` is set, but nothing says what to merge into: set `instruct_model_name_or_path`."
             )
-        merged = check_output_folder(merge_args.merge_output_dir, overwrite=merge_args.merge_overwrite)
+        merged = check_output_folder(
+            merge_args.merge_output_dir, overwrite=merge_args.merge_overwrite, marks=REPLACED_MARKS
+        )
         adapter = Path(training_args.output_dir).resolve()
         if merged.is_relative_to(adapter) or adapter.is_relative_to(merged):
             raise ValueError(
@@ -132,7 +136,8 @@ def _check_recipe(
                 "an input of the merge and is not written to: put them side by side."
             )
         # What the merge would refuse after the training is refused before it
-        if unsupported := unsupported_settings(get_peft_config(model_args).to_dict()):
+        settings = get_peft_config(model_args).to_dict()
+        if unsupported := unsupported_settings(settings, merge_args.merge_saved_modules, merge_args.merge_scale):
             raise ValueError(" ".join(unsupported))
     # The command line gives text where YAML gives a boolean
     resume = training_args.resume_from_checkpoint

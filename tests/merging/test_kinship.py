@@ -70,6 +70,57 @@ def test_strangers_are_warned_of(make_checkpoint, make_adapter, tmp_path):
     assert len(report.warnings) == 1
 
 
+def raise_tensors(folder, part, amount):
+    file = folder / "model.safetensors"
+    tensors = {name: tensor + amount * (part in name) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_few_large_tensors_do_not_hide_strangers(make_checkpoint, make_adapter, tmp_path):
+    base, instruct = make_checkpoint("base", "qwen2", seed=5), make_checkpoint("instruct", "qwen2")
+    adapter = make_adapter(base)
+    for folder in (base, instruct):
+        raise_tensors(folder, "k_proj.bias", 20)
+        raise_tensors(folder, "norm", 3)
+    recipe = MergeRecipe(str(instruct), [str(adapter)], base_model=str(base))
+    with pytest.warns(UserWarning, match=r"matrices of the instruct model are 1\.\d+ times"):
+        report = merge_recipe(recipe, tmp_path / "merged")
+    assert report.kinship["all"]["relative_change"] < 0.25
+    assert report.kinship["k_proj.bias"]["relative_change"] < 0.1 < 1 < report.kinship["k_proj"]["relative_change"]
+
+
+def test_large_changes_of_few_tensors_do_not_make_strangers(make_checkpoint, make_adapter, tmp_path):
+    base = make_checkpoint("base", "qwen2", seed=5)
+    instruct = descend(base, make_checkpoint, 0.01, architecture="qwen2")
+    raise_tensors(instruct, "k_proj.bias", 20)
+    raise_tensors(instruct, "norm", 3)
+    recipe = MergeRecipe(str(instruct), [str(make_adapter(base))], base_model=str(base))
+    report = merge_recipe(recipe, tmp_path / "merged")
+    assert report.kinship["all"]["relative_change"] > 0.5 and not report.warnings
+
+
+def test_another_version_of_the_family_is_warned_of(make_checkpoint, make_adapter, tmp_path):
+    base = make_checkpoint("base")
+    recipe = MergeRecipe(str(descend(base, make_checkpoint, 0.035)), [str(make_adapter(base))], base_model=str(base))
+    with pytest.warns(UserWarning, match="another version"):
+        merge_recipe(recipe, tmp_path / "merged")
+
+
+def test_full_delta(make_checkpoint, tmp_path):
+    base, tuned = make_checkpoint("base"), make_checkpoint("tuned", seed=6)
+    instruct = descend(base, make_checkpoint, 0.01)
+    recipe = MergeRecipe(str(instruct), method="full_delta", base_model=str(base), tuned_model=str(tuned), scale=-0.5)
+    report = merge_recipe(recipe, tmp_path / "merged")
+    b, i, t = (tensors_of(folder) for folder in (base, instruct, tuned))
+    for kind, names in {"all": list(b), "q_proj": [name for name in b if kind_of(name) == "q_proj"]}.items():
+        update = torch.cat([-0.5 * (t[name] - b[name]).reshape(-1) for name in names]).double()
+        difference = torch.cat([(i[name] - b[name]).reshape(-1) for name in names]).double()
+        numbers = report.kinship[kind]
+        assert numbers["update_ratio"] == pytest.approx(float(update.norm() / difference.norm()), rel=1e-4)
+        cosine = torch.nn.functional.cosine_similarity(update, difference, dim=0)
+        assert numbers["cosine"] == pytest.approx(float(cosine), abs=1e-5)
+
+
 def test_a_model_that_is_the_base_model_is_warned_of(make_checkpoint, make_adapter, tmp_path):
     base = make_checkpoint()
     recipe = MergeRecipe(str(base), [str(make_adapter(base))], base_model=str(base))
@@ -79,7 +130,7 @@ def test_a_model_that_is_the_base_model_is_warned_of(make_checkpoint, make_adapt
 
 def test_kinds():
     assert kind_of("model.layers.3.self_attn.q_proj.weight") == "q_proj"
-    assert kind_of("model.layers.3.self_attn.q_proj.bias") == "q_proj"
+    assert kind_of("model.layers.3.self_attn.q_proj.bias") == "q_proj.bias"
     assert kind_of("model.layers.3.mlp.experts.7.up_proj.weight") == "experts.up_proj"
     assert kind_of("transformer.h.0.ln_1.weight") == "ln_1"
     assert kind_of("lm_head.weight") == "lm_head"

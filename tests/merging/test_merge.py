@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -21,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 
 from gift_trl.checkpoints import read_header, safetensors_files, weights_fingerprint
-from gift_trl.merging import conversion, merge, merge_adapter
+from gift_trl.merging import MergeRecipe, conversion, merge, merge_adapter, merge_recipe
+from gift_trl.merging.report import public_name
 from gift_trl.scripts.merge import main, make_parser
 
 
@@ -151,6 +153,14 @@ def test_companion_files(adapter_and_instruct, tmp_path):
         ".gitattributes",
         "merge_report.json",
         "pytorch_model.bin.index.json",
+        "merge_verification.json",
+        "trainer_state.json",
+        "optimizer.pt",
+        "optimizer_state",
+        "rng_state_0.pth",
+        "scheduler.pt",
+        "model.safetensors.tmp",
+        "tokenizer.json.tmp",
     ):
         (instruct / name).write_text("x")
     for folder in ("original", ".git", "additional_chat_templates"):
@@ -191,6 +201,35 @@ def test_report(make_checkpoint, make_adapter, tmp_path):
     assert "rsLoRA, r=4, alpha=8, scale 0.5" in summary and str(tmp_path / "merged") in summary
 
 
+@pytest.mark.parametrize(
+    ("base", "known"),
+    [
+        ("/home/alice/secret/base", "org/Model-7B"),
+        ("~/secret/base", "/home/alice/secret/Model-7B"),
+        ("../secret/base", "org/Model-7B"),
+        (r"C:\Users\alice\secret\base", "org/Model-7B"),
+    ],
+)
+def test_no_path_of_the_machine_is_written(adapter_and_instruct, tmp_path, base, known):
+    adapter, instruct = adapter_and_instruct
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+    (instruct / "README.md").write_text(f"---\nbase_model: {known}\n---\n")
+    with pytest.warns(UserWarning, match="trained on 'base', while .* was made from (org/)?Model-7B:"):
+        report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert report.adapter_base_model == "base"
+    for written in (tmp_path / "merged").glob("merge*"):
+        text = written.read_text()
+        assert "alice" not in text and "secret" not in text and str(tmp_path) not in text
+
+
+def test_folders_of_the_hub_cache_are_reported_by_their_repository():
+    folder = "/elsewhere/hub/models--org--Model--7B/snapshots/0123456789abcdef0123456789abcdef01234567"
+    assert public_name(folder) == "org/Model--7B"
+    assert public_name("/elsewhere/models--gpt2/snapshots/0123") == "gpt2"
+    assert (public_name("org/model"), public_name(""), public_name(None)) == ("org/model", None, None)
+
+
 def test_hub_ids_and_commits_are_reported(adapter_and_instruct, tmp_path, monkeypatch):
     adapter, instruct = adapter_and_instruct
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -219,6 +258,71 @@ def test_zero_adapter_warns_once(make_checkpoint, make_adapter, tmp_path):
     messages = [str(w.message) for w in caught if "nothing was learned" in str(w.message)]
     assert len(messages) == 1 and list(report.warnings) == messages
     assert report.num_changed == 0
+
+
+def zero_factors(adapter, name="lora_B"):
+    file = adapter / "adapter_model.safetensors"
+    tensors = {key: t.zero_() if f"{name}.weight" in key else t for key, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_zero_factors_that_are_no_zero_update(make_checkpoint, make_adapter, tmp_path, settings, factor):
+    instruct = make_checkpoint(architecture="qwen2")
+    adapter = make_adapter(instruct, **{"target_modules": ["q_proj"], **settings})
+    zero_factors(adapter, factor)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert report.num_changed == 2
+    assert not [w for w in (*report.warnings, *caught) if "exactly zero" in str(w)]
+
+
+def test_zero_adapter_in_a_recipe_that_changes_the_rest(make_checkpoint, make_adapter, tmp_path):
+    instruct, base = make_checkpoint(), make_checkpoint("base", seed=3)
+    adapter = make_adapter(instruct, spread=0.0)
+    recipe = MergeRecipe(str(instruct), [str(adapter)], method="re_adapt", instruct_weight=0.5, base_model=str(base))
+    with pytest.warns(UserWarning, match="nothing was learned.$"):
+        assert merge_recipe(recipe, tmp_path / "merged").num_changed
+
+
+def test_what_replaces_a_tensor_is_not_scaled(make_checkpoint, make_adapter, tmp_path):
+    instruct, base = make_checkpoint(), make_checkpoint("base", seed=3)
+    adapter = make_adapter(base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    whole = {k: t for k, t in load_file(adapter / "adapter_model.safetensors").items() if "lm_head" in k}
+    with pytest.warns(
+        UserWarning, match="scale 0.5 is the update's alone: .* .1 tensors, the first of lm_head.* unscaled"
+    ):
+        merge_adapter(adapter, instruct, tmp_path / "half", scale=0.5, saved_modules="replace")
+    assert same_bits(tensors_of(tmp_path / "half")["lm_head.weight"], *whole.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merge_adapter(adapter, instruct, tmp_path / "one", saved_modules="replace")
+        merge_adapter(adapter, instruct, tmp_path / "without", scale=0.5, saved_modules="ignore")
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "message"),
+    [
+        ("instruct/model.safetensors", errno.EACCES, "The merge cannot read '.*instruct/model.safetensors'"),
+        ("merged", errno.EACCES, "could not be written to '.*merged', it cannot be written to"),
+        (".merged.0123.tmp/config.json", errno.EROFS, "could not be written to '.*merged', it cannot be written to"),
+        ("", errno.EACCES, "could not be written to '.*merged', it cannot be written to"),
+        (None, errno.EPERM, "could not be written to '.*merged', it cannot be written to"),
+        ("instruct/config.json", errno.ENOSPC, "there is no room"),  # as a failing copy names its source
+    ],
+)
+def test_errors_of_the_disk_name_the_side_they_are_on(
+    adapter_and_instruct, tmp_path, monkeypatch, where, code, message
+):
+    def fail(plan, folder):
+        raise OSError(code, os.strerror(code), *([] if where is None else [str(tmp_path / where)]))
+
+    monkeypatch.setattr(merge, "_copy_companions", fail)
+    with pytest.raises(OSError, match=message) as error:
+        merge_adapter(*adapter_and_instruct, tmp_path / "merged")
+    assert error.value.errno == code and not (tmp_path / "merged").exists()
 
 
 def test_update_lost_in_rounding_warns_once(make_checkpoint, make_adapter, tmp_path):
@@ -258,12 +362,13 @@ def test_overwrite_replaces_after_success_only(make_checkpoint, make_adapter, tm
     instruct = make_checkpoint(dtype=torch.float16)
     output = tmp_path / "merged"
     output.mkdir()
-    (output / "old.txt").write_text("old")
+    for name in ("old.txt", "config.json"):
+        (output / name).write_text("old")
     with pytest.raises(ValueError, match="holds NaN"):
         merge_adapter(make_adapter(instruct, "bad", spread=1000.0), instruct, output, overwrite=True)
-    assert [f.name for f in output.iterdir()] == ["old.txt"]
+    assert sorted(f.name for f in output.iterdir()) == ["config.json", "old.txt"]
     merge_adapter(make_adapter(instruct), instruct, output, overwrite=True)
-    assert (output / "config.json").exists() and not (output / "old.txt").exists()
+    assert (output / "model.safetensors").exists() and not (output / "old.txt").exists()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "bad", "instruct", "merged"]
 
 

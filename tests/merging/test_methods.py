@@ -1,12 +1,15 @@
+import zlib
+
 import pytest
 import torch
 import yaml
 from merge_helpers import same_bits, tensors_of
 from peft import PeftModel
 from peft.utils import merge_utils
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gift_trl.merging import MergeRecipe, merge_adapter, merge_recipe
+from gift_trl.merging import MergeRecipe, merge_adapter, merge_recipe, methods
 from gift_trl.merging.methods import truncate
 
 
@@ -44,10 +47,9 @@ def test_several_adapters(models, tmp_path, method):
     for name, tensor in written.items():
         if name not in one:
             assert same_bits(tensor, before[name])
-        elif method.startswith("dare"):
-            assert not same_bits(tensor, before[name])
         else:
             parts = [delta[name] for delta in (one, two) if name in delta]
+            torch.manual_seed(zlib.crc32(f"0 {name}".encode()))
             update = function(parts, weights[: len(parts)], *settings.values())
             assert same_bits(tensor, (before[name].float() + 0.9 * update).bfloat16()), name
     # Drawn by the seed: the same again, and another with another
@@ -112,6 +114,37 @@ def test_truncation_is_the_closest_matrix_of_its_rank():
     assert torch.equal(truncate(torch.zeros(4, 4), None, 0.9), torch.zeros(4, 4))
 
 
+def test_truncation_reads_blocks_of_rows(make_checkpoint, make_adapter, tmp_path, monkeypatch):
+    base, instruct = make_checkpoint("base", seed=5, vocab_size=1200), make_checkpoint(vocab_size=1200)
+    adapter = make_adapter(base, target_modules=["embed_tokens", "q_proj"], saving={"save_embedding_layers": False})
+    counts, read = [], methods.elements_of
+    monkeypatch.setattr(methods, "_CHUNK_ELEMENTS", 2048)
+    monkeypatch.setattr(methods, "elements_of", lambda *args: counts.append(args[-1]) or read(*args))
+    settings = {"method": "lore_adapt", "base_model": str(base), "rank": 3}
+    merge_recipe(MergeRecipe(str(instruct), [str(adapter)], scale=0.0, **settings), tmp_path / "merged")
+    assert max(counts) <= 256 * 32
+    written, theta_b, theta_i = tensors_of(tmp_path / "merged"), tensors_of(base), tensors_of(instruct)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # one with an update, one without
+        u, s, v = torch.linalg.svd(theta_i[name].double() - theta_b[name].double(), full_matrices=False)
+        expected = theta_b[name].double() + u[:, :3] * s[:3] @ v[:3]
+        torch.testing.assert_close(written[name].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [None, "gate_up_proj", "down_proj"])
+def test_truncation_does_not_depend_on_what_is_adapted(make_checkpoint, make_adapter, tmp_path, part):
+    base, instruct = make_checkpoint("base", "qwen3_moe", seed=5), make_checkpoint("instruct", "qwen3_moe")
+    parameters = {"target_parameters": [f"mlp.experts.{part}"]} if part else {}
+    adapter = make_adapter(base, target_modules=["q_proj"], spread=0.0, **parameters)
+    recipe = MergeRecipe(str(instruct), [str(adapter)], method="lore_adapt", base_model=str(base), rank=2)
+    with pytest.warns(UserWarning, match="exactly zero"):
+        merge_recipe(recipe, tmp_path / "merged")
+    theta_b, theta_i = tensors_of(base), tensors_of(instruct)
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        difference = theta_i[name] - theta_b[name]
+        expected = theta_b[name] + (truncate(difference, 2, None) if difference.dim() > 1 else difference)
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_full_delta(models, make_checkpoint, tmp_path):
     base, instruct, _, _ = models
     tuned = make_checkpoint("tuned", dtype=torch.bfloat16, seed=6)
@@ -161,9 +194,56 @@ def test_recipe_is_written_beside_the_weights(models, tmp_path):
     assert not (tmp_path / "ties" / "mergekit_config.yml").exists()
 
 
+def test_mergekit_takes_everything_as_a_difference_from_the_instruct_model():
+    common = {
+        "instruct_model": "org/i",
+        "base_model": "org/b",
+        "instruct_model_revision": "c1",
+        "base_model_revision": "c2",
+    }
+    recipe = MergeRecipe(
+        adapter=["org/a"] * 2,
+        adapter_revision=["c3"] * 2,
+        adapter_weight=[0.5, 0.25],
+        method="re_adapt",
+        instruct_weight=0.75,
+        scale=2.0,
+        **common,
+    )
+    config = recipe.mergekit_config()
+    assert config["base_model"] == "org/i@c1"  # where mergekit takes configuration and tokenizer from
+    assert {m["model"]: m["parameters"]["weight"] for m in config["models"]} == {
+        "org/i@c1+org/a@c3": 1.5,
+        "org/b@c2": 0.25,
+    }
+    recipe = MergeRecipe(method="full_delta", tuned_model="org/t", scale=0.5, **common)
+    weights = {m["model"]: m["parameters"]["weight"] for m in recipe.mergekit_config()["models"]}
+    assert weights == {"org/t": 0.5, "org/b@c2": -0.5}
+
+
+def test_no_mergekit_configuration_of_another_merge(models, make_adapter, tmp_path):
+    base, instruct, first, _ = models
+    assert MergeRecipe("i", ["a"], saved_modules="ignore").mergekit_config() is None
+    assert MergeRecipe("i", ["a+b"]).mergekit_config() is None
+    dora = make_adapter(base, "dora", use_dora=True)
+    recipe = MergeRecipe(str(instruct), [str(first), str(dora)])
+    with pytest.warns(UserWarning, match="depends on the weights"):
+        merge_recipe(recipe, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "mergekit_config.yml").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
+        ({"adapter_weight": ["a tenth"]}, r"`adapter_weight` is \['a tenth'\]: pass a number"),
+        ({"adapter": [3]}, r"`adapter` is \[3\]: pass text"),
+        ({"scale": None}, "`scale` is None: pass a number"),
+        ({"scale": True}, "`scale` is True: pass a number"),
+        ({"method": "lore_adapt", "base_model": "b", "rank": 2.5}, "`rank` is 2.5: pass a whole number"),
+        ({"method": "lore_adapt", "base_model": "b", "rank": "2.5"}, "`rank` is '2.5': pass a whole number"),
+        ({"seed": 1.5}, "`seed` is 1.5: pass a whole number"),
+        ({"method": ["ties"]}, r"`method` is \['ties'\]: pass text"),
+        ({"adapter_weight": [1, 2]}, "give `--adapter_weight` there too, or remove"),
         ({"method": "slerp"}, "no merge method 'slerp': choose linear, ties"),
         ({"adapter": []}, "nothing to merge"),
         ({"adapter_weight": [1.0, 2.0]}, "1 adapters and 2 values of `adapter_weight`"),
@@ -185,6 +265,62 @@ def test_recipe_is_written_beside_the_weights(models, tmp_path):
 def test_recipes_that_make_no_sense(settings, match):
     with pytest.raises(ValueError, match=match):
         MergeRecipe(**{"instruct_model": "i", "adapter": ["a"], **settings})
+
+
+def test_numbers_as_yaml_reads_them():
+    values = yaml.safe_load("{adapter_weight: [1e-1, 5e-1], scale: 2e-1, seed: '3', rank: 4.0, method: lore_adapt}")
+    assert values["adapter_weight"] == ["1e-1", "5e-1"]
+    recipe = MergeRecipe("i", ["a", "b"], base_model="b", **values)
+    assert recipe.adapter_weight == [0.1, 0.5] and recipe.scale == 0.2
+    assert (recipe.seed, recipe.rank) == (3, 4) and isinstance(recipe.rank, int)
+    assert MergeRecipe("i", "a", adapter_weight=2).adapter_weight == [2.0]
+
+
+def rewrite(folder, change) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "re_adapt", "instruct_weight": 0.5}, {"method": "lore_adapt", "rank": 2}], ids=str
+)
+def test_base_model_that_does_not_store_its_tied_output_layer(make_checkpoint, make_adapter, tmp_path, settings):
+    base = make_checkpoint("base", seed=5, tie_word_embeddings=True)
+    instruct = make_checkpoint(tie_word_embeddings=True)
+    rewrite(instruct, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    recipe = MergeRecipe(str(instruct), [str(make_adapter(base))], base_model=str(base), **settings)
+    merge_recipe(recipe, tmp_path / "merged")
+    written = tensors_of(tmp_path / "merged")
+    assert same_bits(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    assert bool(settings) != same_bits(written["lm_head.weight"], tensors_of(instruct)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("holders", [("base", "instruct"), ("base",), ("instruct",)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"method": "re_adapt", "instruct_weight": 0.5}], ids=str)
+def test_masks_are_no_weights(make_checkpoint, make_adapter, tmp_path, holders, settings):
+    base, instruct = make_checkpoint("base", "gpt2", seed=5), make_checkpoint("instruct", "gpt2")
+    mask = torch.ones(1, 1, 64, 64).tril().to(torch.uint8)
+    for name in holders:
+        rewrite(tmp_path / name, lambda t: t.update({"transformer.h.0.attn.bias": mask}))
+    adapter = make_adapter(base, target_modules=["c_attn"], fan_in_fan_out=True)
+    recipe = MergeRecipe(str(instruct), [str(adapter)], base_model=str(base), **settings)
+    merge_recipe(recipe, tmp_path / "merged")
+    written, theta_i, theta_b = (tensors_of(folder) for folder in (tmp_path / "merged", instruct, base))
+    assert written.keys() == theta_i.keys()
+    if "instruct" in holders:
+        assert same_bits(written["transformer.h.0.attn.bias"], mask)
+    name = "transformer.wte.weight"
+    expected = theta_i[name] if not settings else (theta_i[name] + theta_b[name]) / 2
+    torch.testing.assert_close(written[name], expected)
+
+
+def test_quantised_base_model(models, tmp_path):
+    base, instruct, first, _ = models
+    rewrite(base, lambda t: t.update({NAME: t[NAME].to(torch.uint8)}))
+    with pytest.raises(ValueError, match=f"{NAME} is of dtype U8.*unquantised"):
+        merge_recipe(MergeRecipe(str(instruct), [str(first)], base_model=str(base)), tmp_path / "merged")
 
 
 def test_base_model_of_another_shape(models, make_checkpoint, tmp_path):

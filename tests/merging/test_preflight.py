@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import warnings
@@ -7,7 +8,7 @@ import torch
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
 
-from gift_trl.merging import merge_adapter
+from gift_trl.merging import MergeRecipe, merge_adapter, merge_recipe
 
 
 def change_settings(adapter, **settings):
@@ -57,7 +58,8 @@ def refused(adapter, instruct, output, match, **options):
         ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
         ({"kasa_config": {"beta": 1.0}}, "KaSA"),
         ({"task_type": "SEQ_CLS"}, "task SEQ_CLS"),
-        ({"use_lora_of_tomorrow": True}, "does not know .use_lora_of_tomorrow.*upgrade PEFT"),
+        ({"use_lora_of_tomorrow": True, "peft_version": "99.1"}, "know .use_lora_of_tomorrow.*upgrade PEFT to 99.1"),
+        ({"lora_dtype": "float32", "peft_version": "99.1.dev0@0123abc"}, "upgrade PEFT to 99.1.dev0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -217,6 +219,17 @@ def test_tied_embeddings_are_no_target(make_checkpoint, make_adapter, tmp_path, 
     assert target in refused(adapter, instruct, tmp_path / "merged", match)
 
 
+@pytest.mark.filterwarnings("ignore:.*embedding layers found:UserWarning", "ignore:.*ensure_weight_tying")
+@pytest.mark.parametrize("choice", [None, "replace", "ignore"])
+def test_tied_targets_have_one_reason(make_checkpoint, make_adapter, tmp_path, choice):
+    # The file holds the embedding whole too, but no choice about that would help
+    instruct = make_checkpoint(tie_word_embeddings=True)
+    adapter = make_adapter(instruct, target_modules=["q_proj", "embed_tokens"])
+    assert any("base_layer" in key for key in load_file(adapter / "adapter_model.safetensors"))
+    message = refused(adapter, instruct, tmp_path / "merged", "shares between", saved_modules=choice)
+    assert "reasons" not in message and "saved_modules" not in message
+
+
 @pytest.mark.filterwarnings("ignore:.*embedding layers found:UserWarning")
 def test_whole_layers_in_the_adapter_file(make_checkpoint, make_adapter, tmp_path):
     instruct = make_checkpoint()
@@ -246,6 +259,68 @@ def test_output_apart_from_the_inputs(adapter_and_instruct, tmp_path):
     refused(adapter, instruct, tmp_path / "link" / "merged", "choose an output folder beside it")
     (tmp_path / "link").unlink()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("linked", ["model.safetensors", "adapter_model.safetensors", "tool.jinja", "base"])
+def test_output_apart_from_what_the_inputs_link_to(adapter_and_instruct, make_checkpoint, tmp_path, linked):
+    # As in the Hub's cache, whose snapshots hold links only
+    adapter, instruct = adapter_and_instruct
+    base = make_checkpoint("base")
+    (instruct / "additional_chat_templates").mkdir()
+    (instruct / "additional_chat_templates" / "tool.jinja").write_text("x")
+    blob = tmp_path / "cache" / "blobs" / "w"
+    blob.parent.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs" / "config.json").write_text("{}")
+    files = {"adapter_model.safetensors": adapter / linked, "base": base / "model.safetensors"}
+    files["tool.jinja"] = instruct / "additional_chat_templates" / linked
+    file = files.get(linked, instruct / linked)
+    file.rename(blob)
+    file.symlink_to(blob)
+    recipe = MergeRecipe(instruct_model=str(instruct), adapter=[str(adapter)], base_model=str(base))
+    with pytest.raises(ValueError, match=r"holds what '.*' links to.*choose another"):
+        merge_recipe(recipe, blob.parent, overwrite=True)
+    assert file.read_bytes()
+    (tmp_path / "cache" / "merged").mkdir()
+    merge_recipe(recipe, tmp_path / "cache" / "merged")
+
+
+def test_folders_that_are_no_checkpoint_are_not_overwritten(adapter_and_instruct, tmp_path):
+    output = tmp_path / "documents"
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    match = "holds no config.json and no merge_report.json: it is not overwritten. Choose another output folder"
+    refused(*adapter_and_instruct, output, match, overwrite=True)
+    assert (output / "thesis.txt").read_text() == "years of work"
+    (output / "merge_report.json").touch()
+    merge_adapter(*adapter_and_instruct, output, overwrite=True)
+    assert (output / "config.json").exists()
+
+
+def test_mount_point_as_output(adapter_and_instruct, tmp_path, monkeypatch):
+    mount = tmp_path / "volume"
+    mount.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(mount))
+    refused(*adapter_and_instruct, mount, "is a mount point.*choose a folder inside it")
+    merge_adapter(*adapter_and_instruct, mount / "merged")
+
+
+def test_disk_is_looked_at_where_the_temporary_folder_is(adapter_and_instruct, tmp_path, monkeypatch):
+    looked = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("gift_trl.merging.checks.shutil.disk_usage", lambda path: looked.append(path) or usage)
+    (tmp_path / "merged").mkdir()
+    merge_adapter(*adapter_and_instruct, tmp_path / "merged")
+    merge_adapter(*adapter_and_instruct, tmp_path / "new" / "merged")
+    assert looked == [tmp_path, tmp_path]
+
+
+def test_inputs_that_may_not_be_read(adapter_and_instruct, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("gift_trl.merging.checks.read_header", refuse)
+    match = "'.*adapter_model.safetensors' cannot be accessed .*: change its permissions"
+    refused(*adapter_and_instruct, tmp_path / "merged", match)
 
 
 def test_disk_space(adapter_and_instruct, tmp_path, monkeypatch):
@@ -301,6 +376,36 @@ def test_base_model_that_the_card_of_the_instruct_model_does_not_name(adapter_an
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         merge_adapter(adapter, instruct, tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "/elsewhere/hub/models--org--Model-7B/snapshots/0123456789abcdef0123456789abcdef01234567",
+        "unsloth/Model-7B-bnb-4bit",
+        "unsloth/model-7b-unsloth-bnb-4bit",
+        "org/Model-7B-GPTQ-Int4",
+        "/elsewhere/Model-7B/",
+        "org/instruct",  # the baseline that is trained on the instruct model itself
+        "unsloth/Instruct-bnb-4bit",
+    ],
+)
+def test_other_names_of_the_same_base_model(adapter_and_instruct, tmp_path, base):
+    adapter, instruct = adapter_and_instruct
+    change_settings(adapter, base_model_name_or_path=base)
+    (instruct / "README.md").write_text("---\nbase_model: org/Model-7B\n---\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merge_adapter(adapter, instruct, tmp_path / "merged")
+
+
+def test_settings_of_another_tool(adapter_and_instruct, tmp_path):
+    adapter, instruct = adapter_and_instruct
+    for number, version in enumerate([{}, {"peft_version": "0.1.0"}, {"peft_version": None}, {"peft_version": "?"}]):
+        change_settings(adapter, lora_dtype="float32", another=1, third=None, **version)
+        with pytest.warns(UserWarning, match=r"PEFT does not know \(another, lora_dtype\)") as caught:
+            report = merge_adapter(adapter, instruct, tmp_path / str(number))
+        assert len(caught) == len(report.warnings) == 1 and report.num_changed == 6
 
 
 def test_tokenizer_of_the_adapter(adapter_and_instruct, tokenizer, tmp_path):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,8 +54,60 @@ def test_likelihood_is_the_mean_of_the_target_tokens(pair, conversations):
     assert value == pytest.approx(total / tokens, rel=1e-5) and 0 < error < value
 
 
+def test_targets_are_those_of_the_training(pair, conversations):
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    messages = Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in conversations])
+
+    def score(rows, **settings):
+        return negative_log_likelihood(model, tokenizer, rows, 512, **settings)[0]
+
+    total, tokens = 0.0, 0
+    for row in messages:
+        encoding = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        with torch.no_grad():
+            log_probs = model(torch.tensor([encoding["input_ids"]])).logits[0].double().log_softmax(-1)
+        targets = [i for i, mask in enumerate(encoding["assistant_masks"]) if mask]
+        total -= sum(float(log_probs[i - 1, encoding["input_ids"][i]]) for i in targets)
+        tokens += len(targets)
+    everything = score(messages)
+    assert 0 < tokens and score(messages, assistant_only_loss=True) == pytest.approx(total / tokens, rel=1e-5)
+    assert score(conversations, completion_only_loss=False) == pytest.approx(everything, rel=1e-5)
+    assert everything != pytest.approx(total / tokens, rel=0.01)
+
+
+def test_layers_that_the_adapter_holds_whole(pair, tmp_path, conversations):
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data *= 1.5
+    model.save_pretrained(tmp_path / "adapter")
+
+    def score(model):
+        return negative_log_likelihood(model, tokenizer, conversations, 512)
+
+    common = {"metric": "nll", "higher_is_better": False}
+    with pytest.raises(ValueError, match="--saved_modules"):
+        sweep_scales(tmp_path / "adapter", pair[1], [0.0], score, **common)
+    found = {}
+    for choice in ("replace", "ignore"):
+        merge_adapter(tmp_path / "adapter", pair[1], tmp_path / choice, saved_modules=choice)
+        sweep = sweep_scales(tmp_path / "adapter", pair[1], [0.0, 1.0], score, saved_modules=choice, **common)
+        found[choice] = sweep.scores
+        merged = score(AutoModelForCausalLM.from_pretrained(tmp_path / choice))
+        assert sweep.scores[1].score == pytest.approx(merged[0], rel=1e-4)
+    assert found["replace"][1].score != pytest.approx(found["ignore"][1].score, rel=1e-3)
+    instruct = score(AutoModelForCausalLM.from_pretrained(pair[1]))[0]
+    assert found["ignore"][0].score == pytest.approx(instruct, rel=1e-6)
+
+
 def test_command(pair, adapter, tmp_path, conversations, capsys):
     conversations.to_json(tmp_path / "validation.jsonl")
+    options = ["--completion_only_loss", "True", "--saved_modules", "ignore"]
     arguments = [
         "--adapter",
         str(adapter),
@@ -63,7 +116,7 @@ def test_command(pair, adapter, tmp_path, conversations, capsys):
         "--dataset",
         str(tmp_path / "validation.jsonl"),
     ]
-    main([*arguments, "--output_dir", str(tmp_path / "sweep"), "--scales", "0", "1", "--max_length", "512"])
+    main([*arguments, "--output_dir", str(tmp_path / "sweep"), "--scales", "0", "1", "--max_length", "512", *options])
     facts = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [entry["scale"] for entry in facts["scores"]] == [0.0, 1.0] and facts["best_scale"] in (0.0, 1.0)
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")

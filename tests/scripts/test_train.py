@@ -35,6 +35,18 @@ def test_one_run_annotates_trains_and_merges(recipe, pair, tmp_path):
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("choice", ["replace", "ignore"])
+def test_modules_that_are_trained_whole(recipe, pair, tmp_path, choice):
+    train.main(["--config", recipe(lora_modules_to_save=["norm"], merge_saved_modules=choice, max_steps=1)])
+    adapter, instruct = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), Path(pair[1])
+    expected = {
+        "replace": adapter["base_model.model.model.norm.weight"],
+        "ignore": load_file(instruct / "model.safetensors")["model.norm.weight"],
+    }
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["model.norm.weight"], expected[choice])
+    assert not torch.equal(*expected.values())
+
+
 def test_annotating_first_gives_the_same_adapter(recipe, tmp_path, capsys):
     config = recipe(merge_output_dir=None)
     train.main(["--config", config])

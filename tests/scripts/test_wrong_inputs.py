@@ -46,7 +46,8 @@ def no_weights(monkeypatch):
             "`test_split_size` cannot split a stream",
         ),
         ({"merge_output_dir": "{output_dir}/merged"}, "lie in one another"),
-        ({"lora_modules_to_save": ["lm_head"]}, "fully trained modules (`modules_to_save`) whole"),
+        ({"lora_modules_to_save": ["lm_head"]}, "in the recipe of a training `merge_saved_modules: ignore`"),
+        ({"merge_saved_modules": "keep"}, "`merge_saved_modules` is 'keep'; choose `replace` or `ignore`"),
     ],
 )
 def test_recipe(recipe, fails, tmp_path, overrides, message):
@@ -68,6 +69,7 @@ def test_output_that_would_be_lost(recipe, fails, tmp_path):
     message = fails(train.main, "--config", recipe())
     assert "merged" in message and "overwrite" in message
     assert (tmp_path / "merged" / "model.safetensors").read_text() == "precious"
+    assert "it is not overwritten" in fails(train.main, "--config", recipe(merge_overwrite=True))
 
 
 def test_models_of_another_shape(recipe, fails, tmp_path, make_model):
