@@ -4,7 +4,7 @@ from gift_trl.merging.merge import merge_adapter, merge_recipe
 from gift_trl.merging.recipe import MergeRecipe
 from gift_trl.merging.report import MergeReport
 from gift_trl.merging.sweep import Sweep, sweep_scales
-from gift_trl.merging.verify import Verification, verify_merge
+from gift_trl.merging.verify import Verification, verify_merge, verify_recipe
 
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "merge_recipe",
     "sweep_scales",
     "verify_merge",
+    "verify_recipe",
 ]
