@@ -250,14 +250,20 @@ def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[l
 
     Returns:
         `list[list[int]]`: The token ids of each.
+
+    Raises:
+        `ValueError`: If the tokenizer or its chat template cannot write one.
     """
     rows = []
     for prompt in prompts:
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(prompt).input_ids
+        message = [{"role": "user", "content": prompt}]
+        try:
+            if tokenizer.chat_template:
+                ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+            else:
+                ids = tokenizer(prompt).input_ids
+        except Exception as error:  # tokenizers raises no other class, and templates raise what they like
+            raise ValueError(f"The tokenizer or its chat template cannot write {prompt!r}: {error}") from error
         rows.append(list(ids))
     return rows
 

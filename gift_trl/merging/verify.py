@@ -293,13 +293,21 @@ def verify_recipe(
     plan = plan_merge(recipe)
     instruct_dir = plan.instruct_dir
     proof = prove_tensors(merged_dir, recipe, plan)
-    rows, prompts = None, list(PROMPTS if prompts is None else prompts)
+    rows, reason = None, "has no tokenizer"
     if (tokenizer := load_own_tokenizer(instruct_dir)) is not None:
-        rows = render(tokenizer, prompts)
-    else:
+        try:
+            rows = render(tokenizer, PROMPTS if prompts is None else prompts)
+        except ValueError as error:  # such as a vocabulary of words, for other texts than these
+            if prompts is not None:
+                raise
+            reason = f"cannot write the built-in prompts ({error})"
+    if rows is None:
         warnings.warn(
-            f"'{recipe.instruct_model}' has no tokenizer: the merge is verified on random token ids.", stacklevel=3
+            f"'{recipe.instruct_model}' {reason}: the merge is verified on random token ids. Prompts of your own are better "
+            "(`prompts`, `--verify_prompts FILE`).",
+            stacklevel=3,
         )
+    prompts = list(PROMPTS if prompts is None else prompts)
     facts = {
         "num_targets": len(proof.dtypes),
         "wrong_tensors": proof.wrong,
@@ -341,7 +349,7 @@ def check_prompts(
             Its revision on the Hub.
 
     Raises:
-        `ValueError`: If there is no prompt, or no tokenizer for those that are given.
+        `ValueError`: If there is no prompt, or no tokenizer that can write those that are given.
     """
     if prompts is not None and not prompts:
         raise ValueError(
@@ -353,6 +361,8 @@ def check_prompts(
             f"'{instruct_model}' has no tokenizer, so the prompts cannot become token ids: add its tokenizer files, or verify "
             "without prompts of your own, on random token ids."
         )
+    if prompts is not None:
+        render(load_own_tokenizer(folder), prompts)
 
 
 def _first(items: list[str], count: int = 3) -> str:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gift_trl.merging import MergeRecipe, merge_adapter, merge_recipe, verify_merge
 from gift_trl.merging import verify as verify_module
@@ -285,3 +287,20 @@ def test_the_command_exits_with_1(merged, tmp_path, monkeypatch, capsys):
     assert exit_info.value.code == 1
     error = capsys.readouterr().err
     assert "targeted tensors are not what the merge gives" in error and "tokenizer.json (different)" in error
+
+
+def test_a_vocabulary_of_words_cannot_write_the_built_in_prompts(make_checkpoint, make_adapter, tmp_path):
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "one", "two", "plus"])}
+    instruct = make_checkpoint(dtype=torch.bfloat16)
+    for file in [*instruct.glob("*token*"), *instruct.glob("*.jinja")]:
+        file.unlink()
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(instruct)
+    adapter = make_adapter(instruct, spread=0.05)
+    merge_adapter(adapter, instruct, tmp_path / "merged")
+    with pytest.warns(UserWarning, match="cannot write the built-in prompts .* random token ids"):
+        assert not verify_merge(tmp_path / "merged", adapter, instruct).problems()
+    assert not verify_merge(tmp_path / "merged", adapter, instruct, prompts=["one", "two"]).problems()
+    with pytest.raises(ValueError, match="cannot write 'three'"):
+        verify_merge(tmp_path / "merged", adapter, instruct, prompts=["three"])
