@@ -197,20 +197,15 @@ def main(argv: list[str] | None = None) -> None:
     from gift_trl.merging import merge_recipe
 
     recipe = recipe_of(arguments)
-    prompts = _check_verification(arguments, recipe) if arguments.verify else None
+    prompts = _read_prompts(arguments, recipe) if arguments.verify else None
     report = merge_recipe(recipe, arguments.output_dir, overwrite=arguments.overwrite)
     print(report.summary())
     if arguments.verify:
-        from gift_trl.merging import verify_merge
+        from gift_trl.merging import verify_recipe
 
-        verification = verify_merge(
+        verification = verify_recipe(
             report.output_dir,
-            recipe.adapter[0],
-            recipe.instruct_model,
-            adapter_revision=recipe.adapter_revision[0],
-            instruct_model_revision=recipe.instruct_model_revision,
-            scale=report.scale,
-            saved_modules=recipe.saved_modules,
+            recipe,
             prompts=prompts,
             max_new_tokens=arguments.verify_max_new_tokens,
             max_kl=arguments.verify_max_kl,
@@ -218,8 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         print(verification.summary())
         if problems := verification.problems():
             raise ValueError(
-                f"The merged checkpoint in '{report.output_dir}' is not what the adapter does at run time: "
-                f"{' '.join(problems)}"
+                f"The merged checkpoint in '{report.output_dir}' is not what it should be: {' '.join(problems)}"
             )
 
 
@@ -246,13 +240,7 @@ def recipe_of(arguments: MergeScriptArguments) -> "MergeRecipe":
     return MergeRecipe(**values)
 
 
-def _check_verification(arguments: MergeScriptArguments, recipe: "MergeRecipe") -> list[str] | None:
-    if not recipe.is_plain or recipe.saved_modules == "ignore":
-        raise ValueError(
-            "`--verify` compares with one adapter at run time, which has no counterpart to `--method "
-            f"{recipe.method}` with {len(recipe.adapter)} adapters"
-            f"{' and --saved_modules ignore' if recipe.saved_modules == 'ignore' else ''}: leave it out."
-        )
+def _read_prompts(arguments: MergeScriptArguments, recipe: "MergeRecipe") -> list[str] | None:
     if arguments.verify_prompts is None:
         return None
     path = Path(arguments.verify_prompts)
