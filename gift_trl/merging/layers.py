@@ -23,7 +23,7 @@ ADAPTER_NAME = "default"
 PREFIX = "base_model.model."
 
 # Elements of the update that are made at a time: few enough to stay in a processor's cache, enough to run at full speed.
-_BLOCK_ELEMENTS = 2**19
+_BLOCK_ELEMENTS = 2**18
 # Matrix products of fewer rows take other paths on a CPU, in which the last digit may come out differently.
 _SMALLEST_BLOCK = 16
 
