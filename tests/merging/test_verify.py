@@ -274,14 +274,14 @@ def test_the_command_exits_with_1(merged, tmp_path, monkeypatch, capsys):
     arguments = ["--adapter", str(adapter), "--instruct_model", str(instruct), "--verify"]
     run(merge_script.main, [*arguments, "--output_dir", str(tmp_path / "right")])
     assert "within the bounds" in capsys.readouterr().out
-    original = verify_module.verify_merge
+    original = verify_module.verify_recipe
 
     def damaged(folder, *args, **settings):
         swapped_ids(Path(folder))
         shutil.copy(instruct / "model.safetensors", folder)
         return original(folder, *args, **settings)
 
-    monkeypatch.setattr("gift_trl.merging.verify_merge", damaged)
+    monkeypatch.setattr("gift_trl.merging.verify_recipe", damaged)
     with pytest.raises(SystemExit) as exit_info:
         run(merge_script.main, [*arguments, "--output_dir", str(tmp_path / "wrong")])
     assert exit_info.value.code == 1
