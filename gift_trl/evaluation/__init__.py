@@ -1,0 +1,1 @@
+"""Does the merged model win, and did it keep what it had: generation, grading, results."""
