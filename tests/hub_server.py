@@ -76,6 +76,7 @@ class Repository:
     private: bool
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, Commit] = field(default_factory=dict)
+    tags: dict[str, Commit] = field(default_factory=dict)
 
     def commit(self, message: str, files: dict[str, File], branch: str) -> Commit:
         sha = hashlib.sha1(f"{message}{sorted(files)}{len(self.commits)}".encode()).hexdigest()
@@ -84,7 +85,7 @@ class Repository:
         return self.commits[-1]
 
     def at(self, revision: str) -> Commit:
-        known = {**{commit.sha: commit for commit in self.commits}, **self.branches}
+        known = {**{commit.sha: commit for commit in self.commits}, **self.tags, **self.branches}
         if revision not in known:
             raise _Refusal(404, "Revision not found", "RevisionNotFound")
         return known[revision]
@@ -132,7 +133,9 @@ _ROUTES = (
     ("GET", rf"{_REPO}/auth-check(?P<write>/write)?", "_auth_check"),
     ("GET", rf"{_REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "_tree"),
     ("POST", rf"{_REPO}/paths-info/(?P<revision>[^/]+)", "_paths_info"),
+    ("GET", rf"{_REPO}/refs", "_refs"),
     ("POST", rf"{_REPO}/branch/(?P<revision>[^/]+)", "_branch"),
+    ("POST", rf"{_REPO}/tag/(?P<revision>[^/]+)", "_tag"),
     ("POST", rf"{_REPO}/preupload/(?P<revision>[^/]+)", "_preupload"),
     ("POST", rf"{_REPO}/commit/(?P<revision>[^/]+)", "_commit"),
     ("POST", rf"{_FILES}\.git/info/lfs/objects/batch", "_lfs_batch"),
@@ -329,6 +332,20 @@ class HubServer:
             raise _Refusal(409, f"Reference {revision} already exists")
         repo.branches[revision] = repo.at((request.json() or {}).get("startingPoint", "main"))
         return {}
+
+    def _tag(self, request, kind, name, repo, revision):
+        self._require_write(request)
+        tag = request.json()["tag"]
+        if tag in repo.tags:
+            raise _Refusal(409, f"Tag {tag} already exists")
+        repo.tags[tag] = repo.at(revision)
+        return {}
+
+    def _refs(self, request, kind, name, repo):
+        def listed(folder, refs):
+            return [{"name": n, "ref": f"refs/{folder}/{n}", "targetCommit": c.sha} for n, c in refs.items()]
+
+        return {"branches": listed("heads", repo.branches), "tags": listed("tags", repo.tags), "converts": []}
 
     def _preupload(self, request, kind, name, repo, revision):
         self._require_write(request)

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,33 +12,24 @@ from huggingface_hub import (
     CommitOperationDelete,
     DatasetCardData,
     HfApi,
-    get_token,
     hf_hub_download,
-    is_offline_mode,
     try_to_load_from_cache,
-    whoami,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import DatasetInfo
-from huggingface_hub.utils import validate_repo_id
 
 from gift_trl.annotation.provenance import Provenance
 from gift_trl.annotation.storage import PROVENANCE_FILE, TOKENIZER_FOLDER, read_provenance_file
+from gift_trl.repositories import LongWaitError, call_hub, check_repository, describe, explain
 
 
 # What a push replaces as a whole: a file left from an earlier push would be loaded with the new ones
 _REPLACED = ("data/*.parquet", f"{TOKENIZER_FOLDER}/*")
-# The client repeats uploads by itself, not the commit that follows them
-_RETRY_WAITS = (1, 2, 4)
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 def check_push_target(repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
@@ -66,55 +56,16 @@ def check_push_target(repo_id: str, *, private: bool | None = None, revision: st
         `PermissionError`: If there is no login, or it may not write there.
         `ConnectionError`: If the Hub cannot be asked.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"'{repo_id}' cannot be the id of a repository on the Hub: write USER/NAME. {error}"
-        ) from error
-    if is_offline_mode():
-        raise ConnectionError(
-            "Nothing can be pushed to the Hub in offline mode: unset `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE`."
-        )
-    if get_token() is None:
-        raise PermissionError("There is no login for the Hub: run `hf auth login`, or set `HF_TOKEN`.")
-    api = HfApi(token=True)
-    try:
-        user = whoami(cache=True)
-        role = user.get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
-            raise PermissionError(
-                "The token for the Hub can only read: make one that can write at "
-                "https://huggingface.co/settings/tokens, and run `hf auth login` or set `HF_TOKEN`."
-            )
-        if "/" not in repo_id:
-            repo_id = f"{user['name']}/{repo_id}"
-        remote = _find_repository(api, repo_id, revision)
-        if remote is not None:
-            api.auth_check(repo_id, repo_type="dataset", write=True)
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            raise PermissionError(
-                "The Hub does not accept the token: it is mistyped, expired or revoked. Run `hf auth login`, or set "
-                "`HF_TOKEN` (which is used first) to a valid one."
-            ) from error
-        if status == 403:
-            raise PermissionError(_no_permission(repo_id)) from error
-        raise ConnectionError(f"The Hub answers with an error ({_reason(error)}): try again later.") from error
-    # Without an answer, it is the HTTP library's error, which is no `OSError`
-    except HTTPError as error:
-        raise ConnectionError(
-            f"The Hub at {api.endpoint} cannot be reached ({_reason(error)}): check the connection, and `HF_ENDPOINT` "
-            "if it is set."
-        ) from error
+    repo_id, remote = check_repository(repo_id, repo_type="dataset", private=private)
+    if remote is not None and revision is not None:
+        try:
+            remote = call_hub(HfApi(token=True).dataset_info, repo_id, revision=revision)
+        except RevisionNotFoundError:
+            pass  # a new branch begins as a copy of the main one
+        except (HTTPError, LongWaitError) as error:
+            raise explain(error, repo_id, "dataset") from error
     if remote is not None:
-        _check_repository(remote, private)
-    elif role == "write":
-        # Other kinds of tokens need not list the organisations they may write to
-        namespaces = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
-        if repo_id.split("/")[0].lower() not in (name.lower() for name in namespaces):
-            raise PermissionError(_no_permission(repo_id))
+        _check_content(remote)
     return repo_id
 
 
@@ -160,13 +111,7 @@ def push_annotated_dataset(
     card = _dataset_card(repo_id, provenances, tokenizer=(folder / TOKENIZER_FOLDER).is_dir())
     files.setdefault("README.md", card.encode())
     try:
-        for wait in (*_RETRY_WAITS, None):
-            try:
-                return _push_once(folder, files, repo_id, private, revision).commit_url
-            except HTTPError as error:
-                if wait is None or not _is_transient(error):
-                    raise
-                time.sleep(wait)
+        return call_hub(_push_once, folder, files, repo_id, private, revision).commit_url
     # The client, its HTTP library and its transfer library have no error in common
     except Exception as error:
         raise OSError(_how_to_finish(folder, repo_id, private, revision, error)) from error
@@ -203,22 +148,7 @@ def download_provenance(repo_id: str, revision: str | None = None) -> dict[str, 
         return None
 
 
-def _find_repository(api: HfApi, repo_id: str, revision: str | None) -> DatasetInfo | None:
-    try:
-        return api.dataset_info(repo_id, revision=revision)
-    except RevisionNotFoundError:
-        # A new branch begins as a copy of the main one
-        return api.dataset_info(repo_id)
-    except RepositoryNotFoundError:
-        return None
-
-
-def _check_repository(remote: DatasetInfo, private: bool | None) -> None:
-    if private and not remote.private:
-        raise ValueError(
-            f"The dataset repository '{remote.id}' exists and is public: make it private in its settings on the Hub, or "
-            "push to another one."
-        )
+def _check_content(remote: DatasetInfo) -> None:
     names = [file.rfilename for file in remote.siblings or ()]
     replaced = [name for name in names if _is_replaced(name)]
     if replaced and PROVENANCE_FILE not in names:
@@ -262,36 +192,14 @@ def _push_once(
     return commit
 
 
-def _is_transient(error: HTTPError) -> bool:
-    # Without an answer, the connection broke
-    return not isinstance(error, HfHubHTTPError) or error.response.status_code in _TRANSIENT
-
-
 def _how_to_finish(folder: Path, repo_id: str, private: bool | None, revision: str | None, error: Exception) -> str:
     command = ["hf", "upload", repo_id, str(folder), "--repo-type", "dataset", "--delete", _REPLACED[0]]
     command += ["--private"] if private else []
     command += ["--revision", revision] if revision is not None else []
     return (
-        f"The push to the dataset repository '{repo_id}' failed: {_reason(error)}. The dataset is complete in '{folder}': "
+        f"The push to the dataset repository '{repo_id}' failed: {describe(error)}. The dataset is complete in '{folder}': "
         f"push it again with `push_annotated_dataset`, or without its card with `{shlex.join(command)}`."
     )
-
-
-def _no_permission(repo_id: str) -> str:
-    return (
-        f"The token for the Hub may not write to the dataset repository '{repo_id}': check the namespace, give the token "
-        "write permission for it at https://huggingface.co/settings/tokens, or log in as somebody who has it with "
-        "`hf auth login`."
-    )
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, HfHubHTTPError):
-        answer = f"{error.response.status_code} {error.response.reason_phrase}"
-        return f"{answer}: {error.server_message}" if error.server_message else answer
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    # The client says which file it was, and leaves what happened to the cause
-    return f"{reason} ({_reason(error.__cause__)})" if isinstance(error, RuntimeError) and error.__cause__ else reason
 
 
 def _dataset_card(repo_id: str, provenances: dict[str, list[Provenance]], *, tokenizer: bool) -> str:

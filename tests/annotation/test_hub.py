@@ -11,6 +11,7 @@ from hub_server import HubServer, client_process
 from huggingface_hub import HfApi, constants
 from trl import DatasetMixtureConfig
 
+from gift_trl import repositories
 from gift_trl.annotation import Provenance, hub, read_provenance, save_annotated_dataset, storage
 from gift_trl.annotation.provenance import add_provenance
 from gift_trl.scripts.annotate import main as annotate_command
@@ -101,7 +102,7 @@ def refuses(client):
 
 def push(folder, repo_id, token=TOKEN, waits=(0, 0), **kwargs):
     environment = {"HF_TOKEN": token} if token else {}
-    with patch.dict(os.environ, environment), patch.object(hub, "_RETRY_WAITS", waits):
+    with patch.dict(os.environ, environment), patch.object(repositories, "RETRY_WAITS", waits):
         if token is None:
             del os.environ["HF_TOKEN"]
         return hub.push_annotated_dataset(folder, repo_id, **kwargs)
@@ -233,7 +234,7 @@ def test_refused_before_anything_is_uploaded(server, client, refuses, folder, tm
     assert "give the token write permission" in refuses(
         PermissionError, push, folder, "user/public", token="hf_narrow"
     )
-    server.fail("whoami", status=None)
+    server.fail("whoami", status=None, times=9)
     assert "cannot be reached" in refuses(ConnectionError, push, folder, "user/new", token="hf_other")
 
     assert server.repositories == repositories

@@ -1,0 +1,24 @@
+"""To the Hub: merged models and adapters that arrive complete."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__all__ = ["PushReport", "check_push_target", "push_command", "push_folder"]
+
+# Resolved on first use: `gift-trl push` needs neither torch nor transformers
+_MODULES = {
+    "PushReport": "gift_trl.hub.push",
+    "check_push_target": "gift_trl.hub.push",
+    "push_command": "gift_trl.hub.push",
+    "push_folder": "gift_trl.hub.push",
+}
+
+if TYPE_CHECKING:
+    from gift_trl.hub.push import PushReport, check_push_target, push_command, push_folder
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

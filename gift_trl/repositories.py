@@ -1,0 +1,307 @@
+"""Repositories on the Hub: whether one may be pushed to, requests that end and are repeated, what an error says."""
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, get_token, is_offline_mode, whoami
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo
+from huggingface_hub.utils import _http, get_session, parse_ratelimit_headers, validate_repo_id
+
+
+T = TypeVar("T")
+
+# Seconds between the attempts, where the Hub names none
+RETRY_WAITS = (1, 2, 4, 8, 16, 32)
+# Longest wait that the Hub may ask for: its limits of the rate count windows of five minutes
+MAX_RETRY_AFTER = 600
+# Seconds until a request that does not move is given up. An answer may take the Hub a minute of work.
+TIME_LIMITS = {"connect": 30.0, "read": 180.0, "write": 180.0, "pool": 180.0}
+# The Hub answers 409 while another request changes the same repository
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+_INSTALLATION = threading.Lock()
+
+
+class LongWaitError(OSError):
+    """The Hub asks to wait for longer than is done here."""
+
+
+def check_repository(
+    repo_id: str, *, repo_type: str = "model", private: bool | None = None
+) -> tuple[str, ModelInfo | DatasetInfo | None]:
+    """
+    Checks that a repository can be pushed to.
+
+    Nothing is created. Whether a fine-grained token may create a repository cannot be asked; all else is known
+    afterwards.
+
+    Args:
+        repo_id (`str`):
+            Id of the repository. Without a namespace, it is the user's.
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            `"model"` or `"dataset"`.
+        private (`bool`, *optional*):
+            Whether the repository has to be private.
+
+    Returns:
+        `tuple[str, ModelInfo | DatasetInfo | None]`: The id with its namespace, and what the Hub says of its default
+        branch; `None` if the repository is to be created.
+
+    Raises:
+        `ValueError`: If it is no legal id, or the repository is public and `private` is set.
+        `PermissionError`: If there is no login, or it may not write there.
+        `ConnectionError`: If the Hub cannot be asked.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"'{repo_id}' cannot be the id of a repository on the Hub: write USER/NAME. {error}"
+        ) from error
+    if is_offline_mode():
+        raise ConnectionError(
+            "Nothing can be pushed to the Hub in offline mode: unset `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE`."
+        )
+    if get_token() is None:
+        raise PermissionError("There is no login for the Hub: run `hf auth login`, or set `HF_TOKEN`.")
+    api = HfApi(token=True)
+    if "@" in api.endpoint:
+        raise ValueError(
+            "`HF_ENDPOINT` holds a user name or a password, which would be read in messages: leave it out of the address."
+        )
+    try:
+        user = call_hub(whoami, cache=True)
+        role = user.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise PermissionError(
+                "The token for the Hub can only read: make one that can write at "
+                "https://huggingface.co/settings/tokens, and run `hf auth login` or set `HF_TOKEN`."
+            )
+        if "/" not in repo_id:
+            repo_id = f"{user['name']}/{repo_id}"
+        try:
+            remote = call_hub(api.repo_info, repo_id, repo_type=repo_type)
+            call_hub(api.auth_check, repo_id, repo_type=repo_type, write=True)
+        except RepositoryNotFoundError:
+            remote = None
+    except (HTTPError, LongWaitError) as error:
+        raise explain(error, repo_id, repo_type) from error
+    if private and remote is not None and not remote.private:
+        raise ValueError(
+            f"The {repo_type} repository '{repo_id}' exists and is public: make it private in its settings on the Hub, or "
+            "push to another one."
+        )
+    if remote is None and role == "write":
+        # Other kinds of tokens need not list the organisations they may write to
+        namespaces = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+        if repo_id.split("/")[0].lower() not in (name.lower() for name in namespaces):
+            raise PermissionError(_no_permission(repo_id, repo_type))
+    return repo_id, remote
+
+
+def call_hub(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """
+    Calls a function of the Hub client so that it ends, and repeats it where that can help.
+
+    The client sets no limit of time, waits as long as an answer tells it to, and does not repeat most requests.
+
+    Args:
+        function (`Callable`):
+            Function that may be called again wherever it was interrupted.
+        args, kwargs:
+            Its arguments.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        `HTTPError` or `RuntimeError`: What the last attempt raised, or the first that no repetition can mend.
+        [`LongWaitError`]: If the Hub asks to wait for longer than `MAX_RETRY_AFTER`.
+    """
+    for wait in (*RETRY_WAITS, None):
+        _limit_requests()
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if wait is None or not is_transient(error):
+                raise
+            answer = _http_error(error)
+            asked = _seconds_to_wait(answer.response) if isinstance(answer, HfHubHTTPError) else None
+            if asked is not None and asked > MAX_RETRY_AFTER:
+                raise LongWaitError(_long_wait(asked)) from error
+            time.sleep(wait if asked is None else asked)
+    raise AssertionError("unreachable")
+
+
+def is_transient(error: BaseException) -> bool:
+    """
+    Whether the same request may succeed later.
+
+    Args:
+        error (`BaseException`):
+            What a function of the Hub client raised.
+
+    Returns:
+        `bool`: `True` for a busy Hub, a connection that broke and an answer that is not complete.
+    """
+    answer = _http_error(error)
+    if isinstance(answer, HfHubHTTPError):
+        return answer.response.status_code in _TRANSIENT
+    return isinstance(answer, (HTTPError, json.JSONDecodeError))
+
+
+def explain(error: BaseException, repo_id: str, repo_type: str = "model") -> OSError:
+    """
+    The error of a request as one that says what to do.
+
+    Args:
+        error (`BaseException`):
+            What [`call_hub`] raised.
+        repo_id (`str`):
+            Id of the repository.
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            Its type.
+
+    Returns:
+        `OSError`: A `PermissionError` or a `ConnectionError`.
+    """
+    answer = _http_error(error)
+    if isinstance(answer, HfHubHTTPError):
+        status = answer.response.status_code
+        if status == 401:
+            return PermissionError(
+                "The Hub does not accept the token: it is mistyped, expired or revoked. Run `hf auth login`, or set "
+                "`HF_TOKEN` (which is used first) to a valid one."
+            )
+        if status == 403:
+            return PermissionError(_no_permission(repo_id, repo_type))
+        return ConnectionError(f"The Hub answers with an error ({describe(error)}): try again later.")
+    # Without an answer, it is the HTTP library's error, which is no `OSError`
+    if isinstance(answer, HTTPError):
+        return ConnectionError(
+            f"The Hub at {HfApi().endpoint} cannot be reached ({describe(error)}): check the connection, and "
+            "`HF_ENDPOINT` if it is set."
+        )
+    return ConnectionError(f"The Hub cannot be used now: {describe(error)}.")
+
+
+def describe(error: BaseException) -> str:
+    """
+    An error in a few words, without tokens.
+
+    Args:
+        error (`BaseException`):
+            Any error.
+
+    Returns:
+        `str`: The answer of the Hub, or the message of the error.
+    """
+    if isinstance(error, HfHubHTTPError):
+        answer = f"{error.response.status_code} {error.response.reason_phrase}"
+        return redact(f"{answer}: {error.server_message}" if error.server_message else answer)
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    # The client says which file it was, and leaves what happened to the cause
+    if isinstance(error, RuntimeError) and error.__cause__:
+        reason = f"{reason} ({describe(error.__cause__)})"
+    return redact(reason)
+
+
+def redact(text: str) -> str:
+    """
+    Leaves out of a text what nobody else may read: the token, and what stands in an address after its path.
+
+    Args:
+        text (`str`):
+            Text.
+
+    Returns:
+        `str`: The text without them.
+    """
+    token = get_token()
+    if token:
+        text = text.replace(token, "[token]")
+    # The address of an upload is signed: who reads it can write there
+    return re.sub(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+", r"\1?[…]", text)
+
+
+def _http_error(error: BaseException) -> BaseException:
+    """The error of the request: that of an upload is the cause of a `RuntimeError`."""
+    return _http_error(error.__cause__) if isinstance(error, RuntimeError) and error.__cause__ else error
+
+
+def _no_permission(repo_id: str, repo_type: str) -> str:
+    return (
+        f"The token for the Hub may not write to the {repo_type} repository '{repo_id}': check the namespace, give the "
+        "token write permission for it at https://huggingface.co/settings/tokens, or log in as somebody who has it with "
+        "`hf auth login`."
+    )
+
+
+def _long_wait(seconds: int) -> str:
+    return f"the Hub asks to wait for {seconds:,} seconds before the next request"
+
+
+def _seconds_to_wait(response: Any) -> int | None:
+    """What an answer says in its headers."""
+    limit = parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    seconds = response.headers.get("Retry-After", "").strip()
+    return int(seconds) if seconds.isdigit() else None
+
+
+def _limit_requests() -> None:
+    """Sets the limits for the requests of this process, those of sessions that the client will open too."""
+    with _INSTALLATION:
+        # The client opens another session after a connection failed. That its factory can be set and not read, and
+        # that setting it breaks off the requests of other threads, leaves the private name.
+        factory = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
+        if factory is not None and not isinstance(factory, _LimitedFactory):
+            _http._GLOBAL_CLIENT_FACTORY = _LimitedFactory(factory)
+        _limit(get_session())
+        logger = logging.getLogger("huggingface_hub.utils._http")
+        if _redact_record not in logger.filters:
+            logger.addFilter(_redact_record)
+
+
+class _LimitedFactory:
+    def __init__(self, factory: Callable[[], Any]):
+        self.factory = factory
+
+    def __call__(self) -> Any:
+        return _limit(self.factory())
+
+
+def _limit(client: Any) -> Any:
+    hooks = client.event_hooks
+    if _limit_time not in hooks["request"]:
+        client.event_hooks = {
+            "request": [*hooks["request"], _limit_time],
+            "response": [*hooks["response"], _refuse_long_wait],
+        }
+    return client
+
+
+def _limit_time(request: Any) -> None:
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        name: TIME_LIMITS[name] if limits.get(name) is None else limits[name] for name in TIME_LIMITS
+    }
+
+
+def _refuse_long_wait(response: Any) -> None:
+    # The client itself would wait for hours. Only pushes write; what others read in this process is left alone.
+    if response.status_code in _TRANSIENT and response.request.method not in ("GET", "HEAD"):
+        seconds = _seconds_to_wait(response)
+        if seconds is not None and seconds > MAX_RETRY_AFTER:
+            raise LongWaitError(_long_wait(seconds))
+
+
+def _redact_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
