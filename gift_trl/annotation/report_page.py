@@ -13,8 +13,9 @@ import numpy as np
 
 from gift_trl.annotation.excerpts import RowExample, ShownToken, TokenInContext
 from gift_trl.annotation.provenance import Provenance
-from gift_trl.annotation.report_template import PAGE
+from gift_trl.annotation.report_template import BODY, STYLE
 from gift_trl.annotation.summary import BANDS, SUSPICIOUS_MEAN, ConfidenceSummary
+from gift_trl.page import render_document
 
 
 _BAND_NAMES = (f"q < {BANDS[0]}", f"q {BANDS[0]} to {BANDS[1]}", f"q > {BANDS[1]}")
@@ -55,10 +56,7 @@ def render_page(
     Returns:
         `str`: HTML that refers to no other file.
     """
-    return Template(PAGE).substitute(
-        title=html.escape(title),
-        light_shades=_shade_rules(_LIGHT),
-        dark_shades=_shade_rules(_DARK),
+    body = Template(BODY).substitute(
         data=_render_data(summaries, provenances),
         provenance=_render_provenances(provenances),
         distributions="".join(_render_distribution(split, summary) for split, summary in summaries.items()),
@@ -66,6 +64,10 @@ def render_page(
         examples="".join(_render_example(example) for example in examples),
         num_lowest=len(lowest),
         lowest="".join(_render_lowest(token) for token in lowest),
+    )
+    style = Template(STYLE).substitute(light_shades=_shade_rules(_LIGHT), dark_shades=_shade_rules(_DARK))
+    return render_document(
+        title=f"{title}: annotation report", heading=title, kicker="Annotation report", body=body, style=style
     )
 
 

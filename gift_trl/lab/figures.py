@@ -1,14 +1,15 @@
 """The picture of a comparison: accuracy bars and learning-signal shares."""
 
 import os
-from collections.abc import Sequence
+from typing import BinaryIO
 
+from matplotlib import rcParams
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gift_trl.lab.findings import accuracy_margin
-from gift_trl.lab.results import BAND_NAMES, Comparison, SettingResult
+from gift_trl.lab.results import Comparison, SettingResult
+from gift_trl.plots import DARK_ON_COLOR, new_figure, stack_bands
 
 
 # Distinct for colour-blind readers, and in grey.
@@ -18,11 +19,9 @@ METHOD_COLORS = {
     "GIFT-BaseT": "#7cc0ea",
     "GIFT": "#1f6aa5",
 }
-BAND_COLORS = ("#e08a4b", "#d9d9d9", "#5b9bd1")
-_TEXT_COLOR = "#222222"
 
 
-def plot_comparison(comparison: Comparison, path: str | os.PathLike) -> None:
+def plot_comparison(comparison: Comparison, file: str | os.PathLike | BinaryIO, dark: bool = False) -> None:
     """
     Draws a comparison to a PNG file: target accuracy of the merged models by setting, and below it the shares of the
     learning signal on each mix.
@@ -30,28 +29,26 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike) -> None:
     Args:
         comparison ([`Comparison`]):
             The results.
-        path (`str` or `os.PathLike`):
+        file (`str`, `os.PathLike` or binary file):
             The file to write.
+        dark (`bool`, *optional*, defaults to `False`):
+            Whether it is for a dark page.
     """
     by_mix = {result.setting.mix: result for result in reversed(comparison.settings)}
     mixes = list(reversed(by_mix.values()))
-    # Without pyplot: no global state, and no display is looked for.
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, *bottom = _axes(figure, len(mixes))
-    _plot_accuracies(top, comparison)
-    for axes, result in zip(bottom, mixes, strict=True):
-        _plot_signal(axes, result, show_methods=axes is bottom[0])
-    handles, labels = bottom[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        frameon=False,
-        title="the instruct model's confidence q in the token",
-    )
-    figure.savefig(path, dpi=150)
+    with new_figure(file, (10, 8), dark=dark) as figure:
+        top, *bottom = _axes(figure, len(mixes))
+        _plot_accuracies(top, comparison)
+        for axes, result in zip(bottom, mixes, strict=True):
+            _plot_signal(axes, result, show_methods=axes is bottom[0])
+        handles, labels = bottom[0].get_legend_handles_labels()
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=len(labels),
+            title="the instruct model's confidence q in the token",
+        )
 
 
 def _axes(figure: Figure, num_mixes: int) -> list[Axes]:
@@ -72,43 +69,33 @@ def _plot_accuracies(axes: Axes, comparison: Comparison) -> None:
             color=color,
             label=method,
             yerr=errors,
-            error_kw={"ecolor": _TEXT_COLOR, "elinewidth": 1, "capsize": 3},
+            error_kw={"ecolor": rcParams["text.color"], "elinewidth": 1},
         )
         # At the foot of the bars, where neither the error bars nor the instruct model's line cross the numbers.
-        text_color = "white" if method in ("Instruct-SFT", "GIFT") else _TEXT_COLOR
+        text_color = "white" if method in ("Instruct-SFT", "GIFT") else DARK_ON_COLOR
         for bar, height in zip(bars, heights, strict=True):
             center = bar.get_x() + bar.get_width() / 2
             axes.text(center, 2, f"{height:.1f}", ha="center", va="bottom", color=text_color, fontsize=12)
     instruct = comparison.instruct.accuracies["target"]
-    axes.axhline(instruct, color=_TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"instruct model ({instruct:.1f}%)")
+    axes.axhline(
+        instruct,
+        color=rcParams["text.color"],
+        linewidth=1.2,
+        linestyle="--",
+        label=f"instruct model ({instruct:.1f}%)",
+    )
     axes.set_xticks(range(len(comparison.settings)), [str(result.setting) for result in comparison.settings])
     axes.set_ylim(0, 100)
     axes.set_ylabel("solved (%)")
-    axes.set_title("Held-out problems of the target task solved by the merged models", loc="left", fontweight="bold")
+    axes.set_title("Held-out problems of the target task solved by the merged models")
     axes.tick_params(axis="x", length=0, labelsize=12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=5, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=5)
 
 
 def _plot_signal(axes: Axes, result: SettingResult, show_methods: bool) -> None:
     rows = [("share of tokens", result.tokens), *((outcome.method, outcome.signal) for outcome in result.results)]
     names, shares = zip(*rows, strict=True)
-    _stack(axes, names, shares)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_title(f"Learning signal, mix {result.setting.mix}", loc="left", fontweight="bold")
+    stack_bands(axes, names, shares)
+    axes.set_title(f"Learning signal, mix {result.setting.mix}")
     axes.set_xlabel("share of the weighted loss before training (%)")
-    axes.tick_params(axis="y", length=0, labelleft=show_methods, labelsize=12)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _stack(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[float]]) -> None:
-    left = [0.0] * len(names)
-    for band, (label, color) in enumerate(zip(BAND_NAMES, BAND_COLORS, strict=True)):
-        widths = [row[band] for row in shares]
-        bars = axes.barh(names, widths, left=left, height=0.72, color=color, label=label)
-        # A number does not fit into a narrow piece.
-        axes.bar_label(
-            bars, labels=[f"{width:.0f}" if width >= 5 else "" for width in widths], label_type="center", fontsize=11
-        )
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.tick_params(axis="y", labelleft=show_methods, labelsize=12)

@@ -1,8 +1,8 @@
 """The results of a comparison as a terminal table, a page and a JSON file."""
 
-import base64
 import html
 import json
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,7 +18,9 @@ from gift_trl.lab.corpora import MIXES
 from gift_trl.lab.evaluation import Scores
 from gift_trl.lab.figures import plot_comparison
 from gift_trl.lab.findings import Findings, describe_findings, paired_difference
-from gift_trl.lab.results import BAND_NAMES, Comparison, ScoredExample
+from gift_trl.lab.results import Comparison, ScoredExample
+from gift_trl.page import embed_picture, render_document
+from gift_trl.plots import BAND_NAMES
 
 
 PAGE_FILE, FIGURE_FILE, RESULTS_FILE = "report.html", "comparison.png", "results.json"
@@ -82,13 +84,12 @@ def write_report(comparison: Comparison, output_dir: Path, *, seconds: float) ->
     """
     findings = describe_findings(comparison)
     plot_comparison(comparison, output_dir / FIGURE_FILE)
-    picture = base64.b64encode((output_dir / FIGURE_FILE).read_bytes()).decode()
-    page = Template(_PAGE).substitute(
+    body = Template(_BODY).substitute(
         seed=comparison.seed,
         table=_html_table(comparison),
         shows=_html_list(findings.shows),
         does_not_show=_html_list(findings.does_not_show),
-        picture=picture,
+        picture=embed_picture(partial(plot_comparison, comparison), _PICTURE_ALT),
         methods="".join(
             f"<li><b>{html.escape(method.name)}</b>: {html.escape(method.description)}</li>" for method in METHODS
         ),
@@ -101,6 +102,13 @@ def write_report(comparison: Comparison, output_dir: Path, *, seconds: float) ->
         num_retention=len(comparison.instruct.retention),
         seconds=f"{seconds:.0f}",
         versions=html.escape(", ".join(f"{name} {version}" for name, version in _versions().items())),
+    )
+    page = render_document(
+        title=f"GIFT quick start, seed {comparison.seed}",
+        heading="Four ways to fine-tune an instruct model, on a tiny pair",
+        kicker="Quick start",
+        body=body,
+        style=_STYLE,
     )
     (output_dir / PAGE_FILE).write_text(page, encoding="utf-8")
     results = json.dumps(_to_dict(comparison, findings, seconds), indent=2, ensure_ascii=False)
@@ -229,50 +237,31 @@ def _scores_to_dict(scores: Scores) -> dict[str, Any]:
     }
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>GIFT quick start, seed $seed</title>
-<style>
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+_PICTURE_ALT = "Bars of the target accuracy of each method by setting, and stacked bars of the learning-signal shares"
+
+_STYLE = """\
 .scroll { overflow-x: auto; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; }
-th:first-child { text-align: left; font-weight: normal; }
-thead th, thead th:first-child, .setting th { font-weight: 600; }
-.setting th, .setting td { padding-top: 1rem; border-bottom: 1px solid #999; }
-td, tbody th { white-space: nowrap; }
-.setting td { color: #666; }
-img { width: 100%; height: auto; }
+.setting th, .setting td { padding-top: 1rem; font-weight: 600; border-bottom-color: var(--muted); }
+tbody th { white-space: nowrap; }
 li { margin: .35rem 0; }
-.note, footer { color: #555; font-size: .9rem; }
 .question { font-style: italic; }
 .answer { line-height: 2.9; }
 .token { display: inline-block; line-height: 1.15; padding: .15rem .4rem; margin: .1rem; border-radius: .25rem;
-         text-align: center; }
-.token small { display: block; font-size: .68rem; color: #444; }
-</style>
-</head>
-<body>
-<h1>Four ways to fine-tune an instruct model, on a tiny pair</h1>
+  text-align: center; color: #1d1f22; }
+.token small { display: block; font-size: .68rem; }"""
+
+_BODY = """\
 <p class="note">gift-trl quickstart, seed $seed. Base and instruct model, data, training, merging and evaluation were
 made on this machine.</p>
 <ul>$methods</ul>
 
 <h2>Accuracy in percent, and where the learning signal comes from</h2>
-<div class="scroll"><table>$table</table></div>
+<div class="scroll"><table class="figures">$table</table></div>
 <p class="note">target: $num_target held-out problems of three to five operations with distracting sentences. short:
 $num_short problems of one to three operations. retention: $num_retention list tasks. ±: twice the standard error over
 the questions, which are the same for every model. signal: shares of the weighted loss before training that come from
 tokens with a low, middling or high confidence q of the instruct model. $mixes.</p>
-<img alt="Bars of the target accuracy of each method by setting, and stacked bars of the learning-signal shares"
-src="data:image/png;base64,$picture">
+$picture
 
 <h2>What this run shows</h2>
 <ul>$shows</ul>
@@ -284,7 +273,5 @@ src="data:image/png;base64,$picture">
 it; the token that ends the turn weighs 1 whatever its q.</p>
 $legend
 $example
-<footer><p>$seconds seconds. $versions.</p></footer>
-</body>
-</html>
+<p class="note">$seconds seconds. $versions.</p>
 """

@@ -6,10 +6,6 @@ from functools import cached_property
 from gift_trl.lab.evaluation import Scores
 
 
-# Of `CONFIDENCE_BANDS` in training/learning_signal.py
-BAND_NAMES = ("q < 0.2", "0.2–0.8", "q > 0.8")
-
-
 @dataclass(frozen=True)
 class Setting:
     """

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from gift_trl.checkpoints import checkpoint_folder, safetensors_files
@@ -18,6 +16,7 @@ from gift_trl.merging.methods import combine, elements_of, match_names, modules_
 from gift_trl.merging.preflight import AdapterPlan
 from gift_trl.merging.recipe import MergeRecipe
 from gift_trl.merging.stream import CheckpointReader
+from gift_trl.plots import DARK_ON_COLOR, new_figure
 
 
 PLOT_FILE = "kinship.png"
@@ -164,16 +163,13 @@ class Kinship:
             "update_ratio": "‖M‖ / ‖θ_I − θ_B‖",
             "cosine": "cosine of M and θ_I − θ_B",
         }
-        # Without pyplot: no global state, and no display is looked for.
-        figure = Figure(figsize=(11, 1.2 + 0.3 * len(numbers)), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 3, sharey=True)
-        kinds = list(reversed(numbers))
-        for axes, (name, title) in zip(panels, titles.items(), strict=True):
-            axes.barh(kinds, [numbers[kind][name] or 0.0 for kind in kinds], color="#1f6aa5")
-            axes.set_title(title, fontsize=10)
-            axes.axvline(0, color="#222222", linewidth=0.8)
-        figure.savefig(path, dpi=150)
+        with new_figure(path, (11, 1.2 + 0.3 * len(numbers))) as figure:
+            panels = figure.subplots(1, 3, sharey=True)
+            kinds = list(reversed(numbers))
+            for axes, (name, title) in zip(panels, titles.items(), strict=True):
+                axes.barh(kinds, [numbers[kind][name] or 0.0 for kind in kinds])
+                axes.set_title(title, fontsize=10)
+                axes.axvline(0, color=DARK_ON_COLOR, linewidth=0.8)
 
 
 def measure_kinship(

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -20,6 +18,7 @@ from gift_trl.checkpoints import ADAPTER_FILE, write_folder
 from gift_trl.merging.adapter import ADAPTER_CONFIG_FILE
 from gift_trl.merging.preflight import preflight
 from gift_trl.merging.runtime import apply_adapter, set_scale
+from gift_trl.plots import SERIES, new_figure
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,14 @@ class Sweep:
             path (`str` or `os.PathLike`):
                 PNG file to write.
         """
-        figure = Figure(figsize=(6, 4), layout="constrained")  # without pyplot: no global state
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        scales, values = [e.scale for e in self.scores], [e.score for e in self.scores]
-        axes.errorbar(
-            scales, values, yerr=[e.standard_error or 0.0 for e in self.scores], marker="o", color="#1f6aa5", capsize=3
-        )
-        axes.axvline(self.best.scale, color="#d55e00", linestyle="--", label=f"best: {self.best.scale:g}")
-        axes.set_xlabel("scale of the update")
-        axes.set_ylabel(self.metric)
-        axes.legend(frameon=False)
-        figure.savefig(path, dpi=150)
+        with new_figure(path, (6, 4)) as figure:
+            axes = figure.subplots()
+            scales, values = [e.scale for e in self.scores], [e.score for e in self.scores]
+            axes.errorbar(scales, values, yerr=[e.standard_error or 0.0 for e in self.scores], marker="o")
+            axes.axvline(self.best.scale, color=SERIES[1], linestyle="--", label=f"best: {self.best.scale:g}")
+            axes.set_xlabel("scale of the update")
+            axes.set_ylabel(self.metric)
+            axes.legend()
 
     def write(self, output_dir: str | os.PathLike, *, overwrite: bool = False) -> None:
         """

@@ -88,9 +88,9 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        self.sources += [value for name, value in attributes.items() if name in ("src", "href")]
+        self.sources += [value for name, value in attributes.items() if name in ("src", "srcset", "href")]
         self.titles += [value for name, value in attributes.items() if name == "title"]
-        if tag not in ("meta", "img", "br", "link"):
+        if tag not in ("meta", "img", "br", "link", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -109,8 +109,8 @@ def test_report_files(tmp_path):
     page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
     text = " ".join(page.text)
     assert page.open == []
-    # Self-contained: nothing but the embedded picture is referred to.
-    assert [source[:22] for source in page.sources] == ["data:image/png;base64,"]
+    # Self-contained: nothing but the embedded picture, light and dark, is referred to.
+    assert [source[:22] for source in page.sources] == ["data:image/png;base64,"] * 2
     assert page.titles == ["q = 0.0123", "q = 0.9870"]
     assert "7 & 5 ?" in text and "<eos>" in text
     assert "65.0" in text and "GIFT solves 95.0%" in text
