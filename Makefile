@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint package clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gift-trl quickstart
@@ -15,6 +15,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The wheel and the sdist, and the wheel tried in an empty environment
+package: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	.ci/try_wheel $(PYTHON) dist/*.whl
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gift_trl needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +31,8 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,quantization,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist
