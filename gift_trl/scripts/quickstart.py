@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import shutil
 import time
@@ -77,11 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     with console.status("Loading the libraries"):
         from gift_trl.checkpoints import write_folder
         from gift_trl.lab.corpora import check_seed
+        from gift_trl.lab.quiet import silence_libraries
         from gift_trl.lab.report import write_report
 
     check_seed(options.seed)
     with warnings.catch_warnings(), write_folder(output_dir, overwrite=True) as folder:
-        _silence_libraries()
+        silence_libraries()
         comparison = _compare(options.seed, options.mix, folder)
         seconds = time.perf_counter() - start
         write_report(comparison, folder, seconds=seconds)
@@ -99,19 +99,6 @@ def _check_output_dir(output_dir: str) -> Path:
             "replaced: name a new folder, or that of an earlier quick start."
         )
     return path
-
-
-def _silence_libraries() -> None:
-    """Turns off what a newcomer cannot act on; errors are still shown."""
-    import datasets
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("trl", "peft", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _load_recipe() -> tuple["GIFTConfig", "PeftConfig"]:
