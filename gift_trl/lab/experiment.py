@@ -10,8 +10,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,7 @@ from gift_trl.lab.corpora import corpus_rng, make_target_problem
 from gift_trl.lab.evaluation import EvaluationSet, Scores, evaluate_model, make_evaluation_set
 from gift_trl.lab.learning_signal import signal_shares, token_shares
 from gift_trl.lab.pair import PairSettings, make_pair
+from gift_trl.lab.problems import Problem
 from gift_trl.lab.progress import progress_display
 from gift_trl.lab.quiet import silence_libraries
 from gift_trl.lab.weightings import WEIGHTINGS, replace_confidences, reweigh, write_tempered_model
@@ -36,8 +38,7 @@ from gift_trl.merging import MergeRecipe, merge_recipe
 from gift_trl.training import GIFTConfig, GIFTSFTTrainer
 
 
-# Questions to choose settings by, other than those that are reported
-_VALIDATION_SEED, _NUM_VALIDATION = 787, 300
+_VALIDATION_SEED = 787
 _RUNS = "runs"
 
 
@@ -71,12 +72,11 @@ def _scales(*scales: float) -> dict[str, dict[str, Any]]:
 
 
 _MERGES = _scales(0.25, 0.5, 1.0)
-# The base model's difference cut down, with the update that Shadow-FT trains
+# Of what Shadow-FT trains: the difference of the two models halved, or cut to half of its squared norm
 _BASE_MERGES = {
-    "re_adapt 0.5": {"method": "re_adapt", "instruct_weight": 0.5, "scale": 0.5},
-    "re_adapt 0.5 1": {"method": "re_adapt", "instruct_weight": 0.5},
-    "lore_adapt 0.5": {"method": "lore_adapt", "explained_variance": 0.5, "scale": 0.5},
-    "lore_adapt 0.5 1": {"method": "lore_adapt", "explained_variance": 0.5},
+    f"{method} {scale:g}": {"method": method, "scale": scale, **fields}
+    for method, fields in (("re_adapt", {"instruct_weight": 0.5}), ("lore_adapt", {"explained_variance": 0.5}))
+    for scale in (0.5, 1.0)
 }
 
 
@@ -98,6 +98,45 @@ VARIANTS: tuple[Treatment, ...] = (
     *(Treatment(name, "base", {}, _scales(0.5, 1.0), name) for name in WEIGHTINGS),
     *(Treatment(f"temperature {t:g}", "base", {}, _scales(0.5, 1.0), f"temperature {t:g}") for t in (2.0, 4.0)),
 )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """
+    What every model of an experiment is asked.
+
+    Args:
+        evaluation ([`EvaluationSet`]):
+            Questions that are reported.
+        validation (`tuple[Problem, ...]`):
+            Other problems of the target task, to choose learning rates and merges by.
+    """
+
+    evaluation: EvaluationSet
+    validation: tuple[Problem, ...]
+
+    @classmethod
+    def draw(cls, num_validation: int = 300, **sizes: int) -> "Questions":
+        """
+        Draws the questions, which are the same for every seed of the pair.
+
+        Args:
+            num_validation (`int`, *optional*, defaults to `300`):
+                Number of validation problems.
+            sizes (`int`):
+                Arguments of [`make_evaluation_set`].
+
+        Returns:
+            [`Questions`]: The questions.
+        """
+        rng = corpus_rng("held-out", _VALIDATION_SEED)
+        validation = tuple(make_target_problem(rng) for _ in range(num_validation))
+        return cls(make_evaluation_set(**sizes), validation)
+
+    @property
+    def joined(self) -> EvaluationSet:
+        """All of them, the validation problems after the other target problems."""
+        return dataclasses.replace(self.evaluation, target=self.evaluation.target + self.validation)
 
 
 @dataclass(frozen=True)
@@ -186,6 +225,7 @@ def run_experiment(
     *,
     num_workers: int = 1,
     settings: PairSettings | None = None,
+    questions: Questions | None = None,
     progress: Progress | None = None,
 ) -> None:
     """
@@ -206,9 +246,12 @@ def run_experiment(
             Processes that work side by side, each on one thread.
         settings ([`PairSettings`], *optional*):
             Size and training of the pairs.
+        questions ([`Questions`], *optional*):
+            What the models are asked. Defaults to [`Questions.draw`]'s.
         progress ([`~rich.progress.Progress`], *optional*):
             Display to report to. Defaults to one of its own.
     """
+    questions = questions or Questions.draw()
     missing = {
         cell: [treatment for treatment in treatments if not _run_file(output_dir, cell, treatment).is_file()]
         for cell in cells
@@ -220,10 +263,12 @@ def run_experiment(
         # Pairs first: the cells of a seed would all make the same one
         with ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker) as pool:
             seeds = sorted({cell.seed for cell in missing})
-            for done in as_completed([pool.submit(_prepare_seed, seed, settings, output_dir) for seed in seeds]):
+            for done in as_completed(
+                [pool.submit(_prepare_seed, seed, settings, questions, output_dir) for seed in seeds]
+            ):
                 done.result()
             jobs = {
-                pool.submit(_run_cell, cell, wanted, args, peft_config, settings, output_dir): wanted
+                pool.submit(_run_cell, cell, wanted, args, peft_config, settings, questions, output_dir): wanted
                 for cell, wanted in missing.items()
             }
             try:
@@ -273,6 +318,17 @@ def load_experiment(output_dir: Path) -> Experiment:
     return Experiment(models, tuple(runs))
 
 
+@contextmanager
+def _pool(num_workers: int) -> Iterator[Callable[..., Future]]:
+    """What submits a job to processes of their own; an error or Ctrl-C leaves those that have not begun."""
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker) as pool:
+        try:
+            yield pool.submit
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _start_worker() -> None:
     silence_libraries()
     torch.set_num_threads(1)
@@ -282,21 +338,14 @@ def _run_file(output_dir: Path, cell: Cell, treatment: Treatment) -> Path:
     return output_dir / cell.folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', treatment.name)}.json"
 
 
-def _questions() -> tuple[EvaluationSet, int]:
-    """The evaluation, with the validation problems after the last of its target problems, and how many those are."""
-    evaluation = make_evaluation_set()
-    rng = corpus_rng("held-out", _VALIDATION_SEED)
-    validation = tuple(make_target_problem(rng) for _ in range(_NUM_VALIDATION))
-    return dataclasses.replace(evaluation, target=evaluation.target + validation), len(validation)
-
-
-def _prepare_seed(seed: int, settings: PairSettings | None, output_dir: Path) -> None:
+def _prepare_seed(seed: int, settings: PairSettings | None, questions: Questions, output_dir: Path) -> None:
     file = output_dir / _RUNS / f"seed{seed}" / "models.json"
     if file.is_file():
         return
     pair = make_pair(seed, settings=settings, progress=Progress(disable=True))
     tokenizer = AutoTokenizer.from_pretrained(pair[1])
-    facts = {name: _evaluate(folder, tokenizer) for name, folder in zip(("base", "instruct"), pair, strict=True)}
+    folders = zip(("base", "instruct"), pair, strict=True)
+    facts = {name: _evaluate(folder, tokenizer, questions) for name, folder in folders}
     _write(file, facts)
 
 
@@ -306,11 +355,12 @@ def _run_cell(
     args: GIFTConfig,
     peft_config: LoraConfig,
     settings: PairSettings | None,
+    questions: Questions,
     output_dir: Path,
 ) -> None:
     models = dict(zip(("base", "instruct"), map(str, make_pair(cell.seed, settings=settings)), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(models["instruct"])
-    rows = Dataset.from_list(make_target_dataset(cell.mix, cell.seed, cell.num_examples, _questions()[0]))
+    rows = Dataset.from_list(make_target_dataset(cell.mix, cell.seed, cell.num_examples, questions.joined))
     annotated = {name: annotate_dataset(rows, folder, tokenizer, args=args) for name, folder in models.items()}
     for treatment in treatments:
         start = time.perf_counter()
@@ -326,7 +376,9 @@ def _run_cell(
             adapter = os.path.join(work_dir, "adapter")
             loss = _train(models[treatment.trained_model], run_args, weighted_by, peft_config, adapter)
             merges = {
-                name: _evaluate(_merge(fields, adapter, models, os.path.join(work_dir, "merged")), tokenizer)
+                name: _evaluate(
+                    _merge(fields, adapter, models, os.path.join(work_dir, "merged")), tokenizer, questions
+                )
                 for name, fields in treatment.merges.items()
             }
         signal = signal_shares(
@@ -389,10 +441,9 @@ def _merge(fields: dict[str, Any], adapter: str, models: dict[str, str], merged:
     return merged
 
 
-def _evaluate(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    questions, num_validation = _questions()
-    scores = evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, questions)
-    num_target = len(scores.target) - num_validation
+def _evaluate(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, questions: Questions) -> dict[str, str]:
+    scores = evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, questions.joined)
+    num_target = len(questions.evaluation.target)
     return {
         "target": _digits(scores.target[:num_target]),
         "validation": _digits(scores.target[num_target:]),

@@ -7,12 +7,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
-import transformers
-import trl
 from rich.table import Table
 
-from gift_trl import __version__
+from gift_trl.annotation.provenance import library_versions
 from gift_trl.lab.comparison import METHODS
 from gift_trl.lab.corpora import MIXES
 from gift_trl.lab.evaluation import Scores
@@ -101,7 +98,7 @@ def write_report(comparison: Comparison, output_dir: Path, *, seconds: float) ->
         num_short=len(comparison.instruct.short),
         num_retention=len(comparison.instruct.retention),
         seconds=f"{seconds:.0f}",
-        versions=html.escape(", ".join(f"{name} {version}" for name, version in _versions().items())),
+        versions=html.escape(", ".join(f"{name} {version}" for name, version in library_versions().items())),
     )
     page = render_document(
         title=f"GIFT quick start, seed {comparison.seed}",
@@ -187,20 +184,11 @@ def _shade(confidence: float) -> str:
     return f"rgb({','.join(str(round(a + share * (b - a))) for a, b in zip(start, end, strict=True))})"
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "gift_trl": __version__,
-        "trl": trl.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
-
-
 def _to_dict(comparison: Comparison, findings: Findings, seconds: float) -> dict[str, Any]:
     return {
         "seed": comparison.seed,
         "seconds": round(seconds, 1),
-        "versions": _versions(),
+        "versions": library_versions(),
         "models": {name: _scores_to_dict(getattr(comparison, name)) for name in ("base", "instruct")},
         "settings": [
             {

@@ -101,7 +101,8 @@ def _check_output_dir(output_dir: str) -> Path:
     return path
 
 
-def _load_recipe() -> tuple["GIFTConfig", "PeftConfig"]:
+def load_recipe() -> tuple["GIFTConfig", "PeftConfig"]:
+    """The quick start's recipe, as the trainer takes it: training arguments and adapter."""
     from trl import get_peft_config
 
     from gift_trl.scripts.arguments import make_recipe_parser
@@ -122,7 +123,7 @@ def _compare(seed: int, mixes: list[str] | None, folder: Path) -> "Comparison":
     from gift_trl.lab.progress import progress_display
     from gift_trl.lab.results import Setting
 
-    args, peft_config = _load_recipe()
+    args, peft_config = load_recipe()
     chosen = [(mix, None) for mix in dict.fromkeys(mixes)] if mixes else _DEFAULT_SETTINGS
     settings = [Setting(mix, args.learning_rate if rate is None else rate) for mix, rate in chosen]
     # On matrices this small a second thread gains little, and on a busy machine two wait for each other most of the time.
