@@ -1,7 +1,7 @@
 """
 A Hugging Face Hub on the loopback interface: what the Hub client 2.4 asks of it to create, push, list and download.
 
-Repositories live in memory. Constants of the client (`HF_ENDPOINT`, `HF_HOME`, offline mode) are read when it is
+Repositories live in a folder, so that another server can go on with them. Constants of the client (`HF_ENDPOINT`, `HF_HOME`, offline mode) are read when it is
 imported, so the code under test runs in a process of its own:
 
 ```python
@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,35 +30,44 @@ from typing import Any
 from unittest.mock import patch
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 _LFS_SUFFIXES = (".arrow", ".bin", ".gguf", ".parquet", ".pt", ".safetensors")
 _LFS_BYTES = 10_000_000
+# Metadata of a card that the Hub looks at, and what each may be
+_CARD_TYPES = dict.fromkeys(("license", "license_name", "license_link", "library_name", "pipeline_tag"), (str,))
+_CARD_TYPES |= dict.fromkeys(("base_model", "datasets", "tags", "language", "metrics"), (str, list))
+_CARD_TYPES |= {"base_model_relation": (str,), "model-index": (dict, list), "inference": (bool, str, dict)}
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a commit."""
+    """A file of a commit: where its content is, and its hashes."""
 
-    content: bytes
+    blob: Path
     lfs: bool
+    size: int
+    sha256: str
+    git_sha1: str
 
     @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
+    def content(self) -> bytes:
+        return self.blob.read_bytes()
 
     @property
     def etag(self) -> str:
         """Hash of the content: SHA-256 of a large file, git's of another."""
-        return self.sha256 if self.lfs else _git_hash(self.content)
+        return self.sha256 if self.lfs else self.git_sha1
 
     def entry(self, path: str) -> dict[str, Any]:
         """The file as `tree` and `paths-info` list it."""
         if not self.lfs:
-            return {"type": "file", "path": path, "size": len(self.content), "oid": self.etag}
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        lfs = {"oid": self.sha256, "size": len(self.content), "pointerSize": len(pointer)}
+            return {"type": "file", "path": path, "size": self.size, "oid": self.etag}
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
+        lfs = {"oid": self.sha256, "size": self.size, "pointerSize": len(pointer)}
         oid = _git_hash(pointer.encode())
-        return {"type": "file", "path": path, "size": len(self.content), "oid": oid, "lfs": lfs}
+        return {"type": "file", "path": path, "size": self.size, "oid": oid, "lfs": lfs}
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,12 @@ class Fault:
     """Requests that are to fail, see [`HubServer.fail`]."""
 
     pattern: str
-    status: int | None
+    how: str
+    status: int
     times: int
     applied: bool
+    headers: dict[str, str]
+    body: bytes
 
 
 class _Refusal(Exception):
@@ -108,6 +121,12 @@ class _Refusal(Exception):
         # The headers by which the client tells a missing repository, revision and file apart
         headers = {"X-Error-Message": message, "X-Error-Code": code, "X-Repo-Commit": commit}
         self.status, self.headers = status, {name: value for name, value in headers.items() if value is not None}
+
+
+class _Invalid(_Refusal):
+    def __init__(self, message: str):
+        super().__init__(400, "Invalid metadata")
+        self.details = {"errors": [{"message": message}], "warnings": []}
 
 
 @dataclass
@@ -156,6 +175,9 @@ class HubServer:
             What it may do: `"read"`, `"write"`, or `"fineGrained"`, which may write too and does not say where.
         user (`str`):
             Name of the user, and the namespace of the repositories.
+        root (`str` or `os.PathLike`, *optional*):
+            Folder of the repositories: `repositories.json`, and the content of the files by hash in `blobs`. Those that
+            are there are served. By default, a temporary one.
 
     Attributes:
         endpoint (`str`): Value for `HF_ENDPOINT`.
@@ -163,18 +185,32 @@ class HubServer:
         repositories (`dict[tuple[str, str], Repository]`): Repositories by type (`"model"`, `"dataset"`) and id.
         requests (`list[str]`): Requests so far, as `"METHOD /path"`. Clear it to see those of the next step.
         faults (`list[Fault]`): What [`fail`] asked for.
+        upload_query (`str`): Put after the addresses to upload to, as the signature of a real one.
     """
 
-    def __init__(self, token: str = "hf_loopback", role: str = "write", user: str = "user"):
+    def __init__(
+        self,
+        token: str = "hf_loopback",
+        role: str = "write",
+        user: str = "user",
+        root: str | os.PathLike | None = None,
+    ):
         self.tokens = {token: role}
         self.user = user
+        self.root = None if root is None else Path(root)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[str] = []
-        self._objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.upload_query = ""
         self._lock = threading.RLock()
+        self._closing = threading.Event()
 
     def __enter__(self) -> "HubServer":
+        self._temporary = tempfile.TemporaryDirectory() if self.root is None else None
+        if self._temporary is not None:
+            self.root = Path(self._temporary.name)
+        (self.root / "blobs").mkdir(parents=True, exist_ok=True)
+        self._load()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self._server.daemon_threads = True
@@ -183,24 +219,86 @@ class HubServer:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._server.server_close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
-    def fail(self, pattern: str, *, status: int | None = 503, times: int = 1, applied: bool = False) -> None:
+    def fail(
+        self,
+        pattern: str,
+        how: str = "answer",
+        *,
+        status: int = 503,
+        times: int = 1,
+        applied: bool = False,
+        headers: dict[str, str] | None = None,
+        body: bytes = b'{"error": "injected"}',
+    ) -> None:
         """
         Makes the next requests fail.
 
         Args:
             pattern (`str`):
                 Regular expression searched in `"METHOD /path"`.
-            status (`int` or `None`):
-                Status of the answer; `None` closes the connection without one.
+            how (`str`):
+                `"answer"`: as the arguments below say. `"drop"`: the connection is closed without an answer; `"reset"`: even
+                before the request was read. `"stall"`: nothing comes, until the client gives up. `"half"`: the connection
+                is closed in the middle of the right answer.
+            status (`int`):
+                Status of the answer.
             times (`int`):
                 Number of matching requests that fail.
             applied (`bool`):
                 Whether the request takes effect all the same, as when only its answer is lost.
+            headers (`dict[str, str]`, *optional*):
+                Headers of the answer.
+            body (`bytes`):
+                Body of the answer.
         """
-        self.faults.append(Fault(pattern, status, times, applied))
+        self.faults.append(Fault(pattern, how, status, times, applied or how == "half", headers or {}, body))
+
+    def _load(self) -> None:
+        if not (self.root / "repositories.json").is_file():
+            return
+        for found in json.loads((self.root / "repositories.json").read_text()):
+            repo = Repository(found["private"])
+            for commit in found["commits"]:
+                files = {path: self._file(sha256, lfs) for path, (sha256, lfs) in commit["files"].items()}
+                repo.commits.append(Commit(commit["sha"], commit["message"], files))
+            by_sha = {commit.sha: commit for commit in repo.commits}
+            repo.branches = {name: by_sha[sha] for name, sha in found["branches"].items()}
+            repo.tags = {name: by_sha[sha] for name, sha in found["tags"].items()}
+            self.repositories[found["type"], found["id"]] = repo
+
+    def _save(self) -> None:
+        kept = []
+        for (kind, name), repo in self.repositories.items():
+            commits = [
+                {
+                    "sha": commit.sha,
+                    "message": commit.message,
+                    "files": {path: [file.sha256, file.lfs] for path, file in commit.files.items()},
+                }
+                for commit in repo.commits
+            ]
+            refs = {
+                "branches": {branch: commit.sha for branch, commit in repo.branches.items()},
+                "tags": {tag: commit.sha for tag, commit in repo.tags.items()},
+            }
+            kept.append({"type": kind, "id": name, "private": repo.private, "commits": commits, **refs})
+        (self.root / "repositories.json").write_text(json.dumps(kept, indent=1))
+
+    def _store(self, content: bytes, lfs: bool) -> File:
+        sha256 = hashlib.sha256(content).hexdigest()
+        (self.root / "blobs" / sha256).write_bytes(content)
+        return self._file(sha256, lfs)
+
+    def _file(self, sha256: str, lfs: bool) -> File:
+        blob = self.root / "blobs" / sha256
+        content = blob.read_bytes()
+        return File(blob, lfs, len(content), sha256, _git_hash(content))
 
     def files(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
         """Contents of a repository by path."""
@@ -223,21 +321,29 @@ class HubServer:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def answer(self, request: _Request) -> tuple[int | None, dict[str, str], bytes]:
-        """Status (`None`: no answer), headers and body of the answer to a request."""
-        line = f"{request.method} {request.path}"
+    def fault(self, line: str) -> Fault | None:
+        """Notes a request, and whether it is to fail."""
         with self._lock:
             self.requests.append(line)
             fault = next((f for f in self.faults if f.times and re.search(f.pattern, line)), None)
             if fault is not None:
                 fault.times -= 1
-                if fault.applied:
-                    self._route(request)
-                return fault.status, {}, b'{"error": "injected"}'
+            return fault
+
+    def stall(self) -> None:
+        """Waits until the server is closed."""
+        self._closing.wait()
+
+    def answer(self, request: _Request) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the answer to a request."""
+        with self._lock:
             try:
-                return self._route(request)
+                answer = self._route(request)
             except _Refusal as refusal:
                 return refusal.status, refusal.headers, json.dumps(refusal.details).encode()
+            if request.method != "GET":
+                self._save()
+            return answer
 
     def _route(self, request: _Request) -> tuple[int, dict[str, str], bytes]:
         authorization = request.headers.get("Authorization")
@@ -284,7 +390,7 @@ class HubServer:
         if (kind, name) in self.repositories:
             raise _Refusal(409, f"You already created this {kind} repo", url=self._url(kind, name))
         repo = Repository(private=asked.get("visibility") == "private" or bool(asked.get("private")))
-        repo.commit("initial commit", {".gitattributes": File(b"", lfs=False)}, "main")
+        repo.commit("initial commit", {".gitattributes": self._store(b"", lfs=False)}, "main")
         self.repositories[kind, name] = repo
         return {"url": self._url(kind, name), "name": name}
 
@@ -292,6 +398,20 @@ class HubServer:
         return f"{self.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
 
     def _validate_yaml(self, request):
+        found = re.match(r"---\n(.*?)\n---", request.json()["content"], re.DOTALL)
+        if found is None:
+            return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+        try:
+            data = yaml.safe_load(found[1])
+        except yaml.YAMLError as error:
+            raise _Invalid(f"YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise _Invalid("The metadata is no object")
+        for name, types in _CARD_TYPES.items():
+            values = data.get(name)
+            for value in values if isinstance(values, list) and list in types else [values]:
+                if value is not None and not isinstance(value, types):
+                    raise _Invalid(f'"{name}" must be {" or ".join(kind.__name__ for kind in types)}')
         return {"errors": [], "warnings": []}
 
     def _info(self, request, kind, name, repo, revision="main"):
@@ -362,20 +482,24 @@ class HubServer:
         self._require_write(request)
         objects = request.json()["objects"]
         for item in objects:
-            if item["oid"] not in self._objects:
+            if not (self.root / "blobs" / item["oid"]).is_file():
                 href = f"{self.endpoint}/lfs/{item['oid']}"
-                item["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+                item["actions"] = {
+                    "upload": {"href": href + self.upload_query},
+                    "verify": {"href": f"{href}/verify"},
+                }
         return {"transfer": "basic", "objects": objects}
 
     def _lfs_put(self, request, oid):
         # As to a signed address, without the token
         if hashlib.sha256(request.body).hexdigest() != oid:
             raise _Refusal(400, "The content does not have this hash")
-        self._objects[oid] = request.body
+        self._store(request.body, lfs=True)
         return 200, {}, b""
 
     def _lfs_verify(self, request, oid):
-        if len(self._objects.get(oid, b"")) != request.json()["size"]:
+        blob = self.root / "blobs" / oid
+        if not blob.is_file() or blob.stat().st_size != request.json()["size"]:
             raise _Refusal(404, "The object was not uploaded")
         return {}
 
@@ -390,11 +514,11 @@ class HubServer:
                 if value.get("parentCommit", head.sha) != head.sha:
                     raise _Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
-                files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
+                files[value["path"]] = self._store(base64.b64decode(value["content"]), lfs=False)
             elif key == "lfsFile":
-                if value["oid"] not in self._objects:
+                if not (self.root / "blobs" / value["oid"]).is_file():
                     raise _Refusal(400, f"The large file {value['path']} was not uploaded")
-                files[value["path"]] = File(self._objects[value["oid"]], lfs=True)
+                files[value["path"]] = self._file(value["oid"], lfs=True)
             elif key in ("deletedFile", "deletedFolder"):
                 folder = value["path"].rstrip("/") + "/"
                 gone = [p for p in files if p == value["path"] or (key == "deletedFolder" and p.startswith(folder))]
@@ -412,11 +536,11 @@ class HubServer:
         file = commit.files[path]
         headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         if file.lfs:
-            headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
+            headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.size)}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
         if asked is None:
             return 200, headers, file.content
-        start, size = int(asked[1]), len(file.content)
+        start, size = int(asked[1]), file.size
         end = min(int(asked[2] or size), size - 1)
         if start >= size:
             raise _Refusal(416, "The file has no such bytes")
@@ -430,15 +554,28 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1
 
     def _handle(self) -> None:
-        url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        request = _Request(self.command, url.path, parse_qs(url.query), self.headers, body, None)
-        status, headers, content = self.server.hub.answer(request)
-        if status is None:
+        hub, url = self.server.hub, urlsplit(self.path)
+        fault = hub.fault(f"{self.command} {url.path}")
+        if fault is not None and fault.how == "reset":
             self.close_connection = True
             return
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request = _Request(self.command, url.path, parse_qs(url.query), self.headers, body, None)
+        status, headers, content = hub.answer(request) if fault is None or fault.applied else (None, {}, b"")
+        length = len(content)
+        if fault is not None:
+            self.close_connection = fault.how != "answer"
+            if fault.how == "stall":
+                hub.stall()
+            if fault.how in ("drop", "stall"):
+                return
+            if fault.how == "answer":
+                status, headers, content = fault.status, fault.headers, fault.body
+                length = len(content)
+            else:
+                content = content[: length // 2]
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **headers, "Content-Length": len(content)}.items():
+        for name, value in {"Content-Type": "application/json", **headers, "Content-Length": length}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":

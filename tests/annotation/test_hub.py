@@ -234,7 +234,7 @@ def test_refused_before_anything_is_uploaded(server, client, refuses, folder, tm
     assert "give the token write permission" in refuses(
         PermissionError, push, folder, "user/public", token="hf_narrow"
     )
-    server.fail("whoami", status=None, times=9)
+    server.fail("whoami", "drop", times=9)
     assert "cannot be reached" in refuses(ConnectionError, push, folder, "user/new", token="hf_other")
 
     assert server.repositories == repositories
@@ -261,7 +261,7 @@ def test_failed_push_says_how_to_finish(server, client, refuses, folder):
 
 def test_lost_answer_makes_no_second_commit(server, client, folder):
     server.fail("POST .*/commit/", status=503)
-    server.fail("POST .*/commit/", status=None, applied=True)
+    server.fail("POST .*/commit/", "drop", applied=True)
     url = client(push, folder, "user/flaky")
     _, commit = server.repositories["dataset", "user/flaky"].commits
     assert url.endswith(commit.sha)
