@@ -24,9 +24,15 @@ from safetensors import SafetensorError, safe_open
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+# What a training says of itself beside the adapter
+TRAINING_FILE = "gift_training.json"
+# What a merge and its verification write beside the weights, and what the card of a merged model shows
+REPORT_FILE, KINSHIP_PLOT_FILE, VERIFICATION_FILE = "merge_report.json", "kinship.png", "merge_verification.json"
+SIGNAL_PLOT_FILE, EVALUATION_FILE = "learning_signal.png", "evaluation.json"
 
 # Everything `from_pretrained` may read, and nothing else: some repositories hold every weight three times over.
-_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md"]
+_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", CARD_FILE]
 _DESCRIPTION_FILES += ["LICENSE*", "NOTICE*", "*POLICY*"]
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "checkpoint-*/*", "consolidated*"]
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from gift_trl.checkpoints import ADAPTER_FILE, safetensors_files
 
 
-ADAPTER_CONFIG_FILE, CONFIG_FILE, CARD_FILE = "adapter_config.json", "config.json", "README.md"
+ADAPTER_CONFIG_FILE, CONFIG_FILE = "adapter_config.json", "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # What loading reads beside the weights, and what tells about the model. `**/` is any folder.
 _DESCRIPTIONS = (

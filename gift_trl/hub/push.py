@@ -10,7 +10,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoFile
 
-from gift_trl.hub.files import CARD_FILE, LocalFile, differing_names, list_model_files, replaced_names
+from gift_trl.checkpoints import CARD_FILE
+from gift_trl.hub.files import LocalFile, differing_names, list_model_files, replaced_names
 from gift_trl.repositories import LongWaitError, call_hub, check_repository, describe, explain
 
 

@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion, Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from yaml import YAMLError
 
-from gift_trl.merging.report import public_name
+from gift_trl.cards import public_name
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"

@@ -19,8 +19,6 @@ from gift_trl.merging.stream import CheckpointReader
 from gift_trl.plots import DARK_ON_COLOR, new_figure
 
 
-PLOT_FILE = "kinship.png"
-
 # The matrices of two models that have nothing in common are √2 apart, if they are of the same size; post-training moves them
 # by a few hundredths. A quarter lies half way between on a logarithmic scale, so that versions of a family that were trained
 # apart for long are noticed too.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import time
@@ -12,27 +13,41 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
 from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 from transformers.utils.hub import extract_commit_hash
+from yaml import YAMLError
 
 from gift_trl import __version__
-from gift_trl.checkpoints import ADAPTER_FILE, weights_fingerprint, write_folder
-from gift_trl.merging.kinship import PLOT_FILE, measure_kinship
+from gift_trl.cards import public_name
+from gift_trl.checkpoints import (
+    ADAPTER_FILE,
+    CARD_FILE,
+    EVALUATION_FILE,
+    KINSHIP_PLOT_FILE,
+    REPORT_FILE,
+    SIGNAL_PLOT_FILE,
+    TRAINING_FILE,
+    VERIFICATION_FILE,
+    weights_fingerprint,
+    write_folder,
+)
+from gift_trl.merging.kinship import measure_kinship
 from gift_trl.merging.methods import merge_by_method
 from gift_trl.merging.preflight import AdapterPlan, MergePlan, preflight
 from gift_trl.merging.recipe import MERGEKIT_FILE, RECIPE_FILE, MergeRecipe
-from gift_trl.merging.report import REPLACED_MARKS, REPORT_FILE, MergeReport, public_name
+from gift_trl.merging.report import REPLACED_MARKS, MergeReport
 from gift_trl.merging.stream import CheckpointReader, MergedWriter, merge_targets
 from gift_trl.merging.targets import Target
-from gift_trl.merging.verify import VERIFICATION_FILE
 
 
 # Weights in other formats and the description of the instruct model would belie the merged one.
 _LEFT_BEHIND_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 _LEFT_BEHIND_SUFFIXES |= {".tmp", ".lock", ".incomplete", ".distcp", ".pkl", ".npz"}
-_LEFT_BEHIND_NAMES = {"README.md", REPORT_FILE, RECIPE_FILE, MERGEKIT_FILE, PLOT_FILE, VERIFICATION_FILE}
+_LEFT_BEHIND_NAMES = {CARD_FILE, TRAINING_FILE, REPORT_FILE, RECIPE_FILE, MERGEKIT_FILE, KINSHIP_PLOT_FILE}
+_LEFT_BEHIND_NAMES |= {VERIFICATION_FILE, SIGNAL_PLOT_FILE, EVALUATION_FILE}
 # What a trainer keeps to resume, and writes about its run
 _LEFT_BEHIND_NAMES |= {"trainer_state.json", "latest", "zero_to_fp32.py"}
 _LEFT_BEHIND_NAMES |= {f"{split}_results.json" for split in ("train", "eval", "test", "predict", "all")}
@@ -173,7 +188,7 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
         kinship = None
         if "base_model" in others:
             kinship = measure_kinship(recipe, plan.adapters, source, others["base_model"])
-            kinship.plot(folder / PLOT_FILE)
+            kinship.plot(folder / KINSHIP_PLOT_FILE)
             cautions += kinship.warnings()
         writer = stack.enter_context(MergedWriter(source, folder, bar))
         if recipe.is_plain:
@@ -207,6 +222,7 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
             num_bytes=num_bytes,
             recipe=effective.to_dict(),
             updates=tuple(_update_facts(plan)),
+            licence=_licence(plan.instruct_dir),
             kinship=kinship.numbers() if kinship else None,
             versions={"gift_trl": __version__, **{library: version(library) for library in _REPORTED_LIBRARIES}},
             duration_s=round(time.monotonic() - started, 3),
@@ -245,9 +261,32 @@ def _update_facts(plan: MergePlan) -> Iterator[dict[str, Any]]:
             "fingerprint": weights_fingerprint(adapter.folder),
             "base_model": public_name(adapter.settings.get("base_model_name_or_path")),
             "settings": {key: adapter.settings.get(key) for key in _REPORTED_SETTINGS},
+            **_training(adapter.folder),
         }
     for role, (folder, shards) in plan.companions.items():
-        yield {"name": role, "commit": _commit(shards[0]), "fingerprint": weights_fingerprint(folder)}
+        facts = {"name": role, "commit": _commit(shards[0]), "fingerprint": weights_fingerprint(folder)}
+        yield facts | _training(folder)
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    """What the training of an adapter or a model says of itself, if it was one of ours."""
+    try:
+        return {"training": json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        return {}
+
+
+def _licence(instruct_dir: Path) -> dict[str, Any]:
+    """The licence that the instruct model's card names, or else the file that holds one."""
+    try:
+        metadata = metadata_load(instruct_dir / CARD_FILE) or {}
+    except (OSError, ValueError, YAMLError):
+        metadata = {}  # there is no card, or none that can be read
+    licence = {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
+    files = sorted(file.name for file in instruct_dir.glob("LICENSE*") if file.is_file())
+    if not licence and files:
+        licence = {"license": "other", "license_link": files[0]}
+    return licence
 
 
 def _first_adapter(plan: MergePlan) -> dict[str, Any]:

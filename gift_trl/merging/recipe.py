@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from gift_trl.checkpoints import REPORT_FILE
 from gift_trl.merging.adapter import MERGED_TYPES
-from gift_trl.merging.report import REPORT_FILE
 
 
 RECIPE_FILE = "merge_recipe.yaml"

@@ -2,20 +2,15 @@
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from gift_trl.checkpoints import REPORT_FILE
 
 
-REPORT_FILE = "merge_report.json"
 # What a merged checkpoint may take the place of: a checkpoint, or a merge.
 REPLACED_MARKS = ("config.json", REPORT_FILE)
-
-_CACHED_REPOSITORY = re.compile(r"models--([^/\\]+?)(?:--([^/\\]+))?")
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,10 @@ class MergeReport:
         recipe (`dict[str, Any]`):
             The merge as a recipe, with the commits that were read.
         updates (`tuple[dict[str, Any], ...]`):
-            Name, commit, fingerprint and settings of every adapter and further checkpoint.
+            Name, commit, fingerprint and settings of every adapter and further checkpoint, and what their training has
+            written of itself beside them (`gift_training.json`).
+        licence (`dict[str, Any]`):
+            `license`, `license_name` and `license_link`, as the instruct model's card gives them.
         kinship (`dict[str, dict[str, float | None]]`, *optional*):
             ‖θ_I − θ_B‖/‖θ_B‖, ‖M‖/‖θ_I − θ_B‖ and the cosine of the two by kind of module, where a base model was given.
         versions (`dict[str, str]`):
@@ -82,6 +80,7 @@ class MergeReport:
     num_bytes: int
     recipe: dict[str, Any]
     updates: tuple[dict[str, Any], ...]
+    licence: dict[str, Any]
     kinship: dict[str, dict[str, float | None]] | None
     versions: dict[str, str]
     duration_s: float
@@ -128,31 +127,3 @@ class MergeReport:
         facts = dataclasses.asdict(self)
         del facts["output_dir"]
         return json.dumps(facts, indent=2) + "\n"
-
-
-def public_name(name: str | None) -> str | None:
-    """
-    The name of a model without the paths of this machine, which are nobody's business.
-
-    Args:
-        name (`str` or `None`):
-            Folder or Hub id.
-
-    Returns:
-        `str` or `None`: A Hub id as it is, the id of the repository for a folder of the Hub cache, of any other folder the
-        last part; `None` if there is no name.
-    """
-    if not name:
-        return None
-    parts = [part for part in re.split(r"[/\\]", name) if part]
-    for part in parts:
-        if cached := _CACHED_REPOSITORY.fullmatch(part):
-            return "/".join(filter(None, cached.groups()))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve().name
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return parts[-1] if parts else None
-    return name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gift_trl.checkpoints import checkpoint_folder
+from gift_trl.checkpoints import VERIFICATION_FILE, checkpoint_folder
 from gift_trl.merging.proof import (
     different_files,
     different_prompts,
@@ -25,7 +25,6 @@ from gift_trl.merging.recipe import MergeRecipe
 from gift_trl.merging.runtime import compare_at_run_time
 
 
-VERIFICATION_FILE = "merge_verification.json"
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",

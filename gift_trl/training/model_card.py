@@ -1,76 +1,67 @@
-"""The model card of an adapter trained with GIFT."""
+"""What a training says of itself: its facts, and the model card of the adapter made of them."""
 
-import hashlib
 import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from transformers import is_wandb_available
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
-from gift_trl.annotation.provenance import Provenance, library_versions
+from gift_trl.annotation.provenance import Provenance
+from gift_trl.cards import PAPER, Source, TrainingFacts, list_versions, make_card, markdown_table
 from gift_trl.training.config import GIFTConfig
 
 
-logger = get_logger(__name__)
-
-PAPER = "https://huggingface.co/papers/2605.01256"
-GIFT_CITATION = """@inproceedings{gift2026,
-    title         = {{GIFT: Guided Fine-Tuning and Transfer for Enhancing Instruction-Tuned Language Models}},
-    booktitle     = {Annual Meeting of the Association for Computational Linguistics (ACL)},
-    year          = 2026,
-    eprint        = {2605.01256},
-    archivePrefix = {arXiv},
-}"""
-_TRL_CITATION = """@software{trl,
-    title = {{TRL: Transformers Reinforcement Learning}},
-    url   = {https://github.com/huggingface/trl},
-}"""
-# Ends a card that nobody has changed since
-_MARK = "<!-- written by gift_trl: {} -->"
+_SIGNAL = ("gift/signal_low", "gift/signal_mid", "gift/signal_high")
+# Points of the learning signal that are kept: a page shows no more
+_MAX_POINTS = 100
+# Folder in which datasets keeps what it loaded from the Hub: user___name/config/version/commit
+_CACHED_DATASET = re.compile(
+    r"[/\\](?P<name>[^/\\]+)[/\\][^/\\]+[/\\][^/\\]+[/\\](?P<commit>[0-9a-f]{40})[/\\][^/\\]+"
+)
 
 
-@dataclass
-class AdapterFacts:
+def dataset_sources(dataset: Dataset | IterableDataset) -> list[Source]:
     """
-    What the card of an adapter says.
+    Finds the datasets on the Hub that a dataset was loaded from, by where its cache lies.
 
     Args:
-        name (`str`):
-            Name of the adapter.
-        hub_id (`str` or `None`):
-            Its id on the Hub.
-        base_model (`str`):
-            Model the adapter was trained on: Hub id or folder.
-        instruct_model (`str` or `None`):
-            Model to merge it into: Hub id or folder.
-        dataset (`str` or `None`):
-            Training data: Hub id or path.
-        peft_type (`str` or `None`):
-            Type of the adapter; `None` if a whole model was trained.
-        tags (`list[str]`):
-            Tags.
-        settings (`dict[str, Any]`):
-            Settings of GIFT and of the training by name.
-        links (`dict[str, str]`):
-            Addresses of the logged run by name.
-    """
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
 
-    name: str
-    base_model: str
-    instruct_model: str | None
-    hub_id: str | None = None
-    dataset: str | None = None
-    peft_type: str | None = "LORA"
-    tags: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    links: dict[str, str] = field(default_factory=dict)
+    Returns:
+        `list[Source]`: With their commits. Empty for streams, and for what was loaded from files.
+    """
+    files = [file["filename"] for file in dataset.cache_files] if isinstance(dataset, Dataset) else []
+    found = [match for match in map(_CACHED_DATASET.search, files) if match]
+    names = dict.fromkeys((match["name"].replace("___", "/"), match["commit"]) for match in found)
+    return [Source(name, commit, on_hub=True) for name, commit in names]
+
+
+def learning_signal(log_history: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """
+    The learning signal of a training: means over so many neighbouring logs that few points are left.
+
+    Args:
+        log_history (`Sequence[Mapping[str, float]]`):
+            What the trainer has logged.
+
+    Returns:
+        `dict[str, list[float]]`: As in [`TrainingFacts`].
+    """
+    logs = [log for log in log_history if all(name in log for name in _SIGNAL)]
+    width = math.ceil(len(logs) / _MAX_POINTS) or 1
+    parts = [logs[start : start + width] for start in range(0, len(logs), width)]
+    if not parts:
+        return {}
+    signal = {"step": [part[-1]["step"] for part in parts]}
+    for name in _SIGNAL:
+        signal[name.rpartition("_")[2]] = [round(sum(log[name] for log in part) / len(part), 4) for part in parts]
+    return signal
 
 
 def training_settings(
@@ -150,123 +141,54 @@ def run_links() -> dict[str, str]:
     return {name: url for name, url in links.items() if url is not None}
 
 
-def make_adapter_card(facts: AdapterFacts) -> ModelCard:
+def make_adapter_card(
+    facts: TrainingFacts, name: str, *, hub_id: str | None = None, tags: Sequence[str] = ()
+) -> ModelCard:
     """
-    Writes the card of an adapter. Folders are named by their last part only.
+    Writes the card of an adapter.
 
     Args:
-        facts ([`AdapterFacts`]):
+        facts ([`TrainingFacts`]):
             What it says.
+        name (`str`):
+            Name of the adapter.
+        hub_id (`str`, *optional*):
+            Its id on the Hub.
+        tags (`Sequence[str]`, *optional*):
+            Tags.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card.
     """
     is_adapter = facts.peft_type is not None
-    base = facts.base_model if is_hub_id(facts.base_model) else None
+    base = facts.base_model.name if facts.base_model.on_hub else None
+    datasets = [dataset.name for dataset in facts.datasets]
     data = ModelCardData(
-        model_name=facts.name,
+        model_name=name,
         base_model=base,
         base_model_relation="adapter" if base is not None and is_adapter else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        datasets=facts.dataset if facts.dataset is not None and is_hub_id(facts.dataset) else None,
-        tags=sorted({*facts.tags, *(["lora"] if facts.peft_type == "LORA" else [])}),
+        datasets=datasets or None,
+        tags=sorted({*tags, *(["lora"] if facts.peft_type == "LORA" else [])}),
     )
     kind = "An adapter" if is_adapter else "A model"
-    instruct = _link(facts.instruct_model) if facts.instruct_model is not None else "the instruct model"
-    data_text = f" on {_link(facts.dataset, 'datasets/')}" if facts.dataset is not None else ""
-    merge_into = _shown(facts.instruct_model) if facts.instruct_model is not None else "INSTRUCT_MODEL"
+    instruct = "the instruct model" if facts.instruct_model is None else facts.instruct_model.link()
+    data_text = f" on {', '.join(dataset.link('datasets/') for dataset in facts.datasets)}" if datasets else ""
     sections = [
-        f"# {facts.name}",
-        f"{kind} trained{data_text} on the base model {_link(facts.base_model)} with GIFT ([Guided Fine-Tuning and "
+        f"# {name}",
+        f"{kind} trained{data_text} on the base model {facts.base_model.link()} with GIFT ([Guided Fine-Tuning and "
         f"Transfer]({PAPER})): the cross-entropy of every token is weighted by the probability that {instruct} gives to it."
         + (f" It is to be merged into {instruct}, and is of little use on the base model." if is_adapter else ""),
     ]
-    if is_adapter:
+    if is_adapter and facts.instruct_model is not None:
         sections.append(
             "## Use\n\nMerge it with gift_trl, then load the merged model as "
             "any other:\n\n```python\nfrom gift_trl import merge_adapter\nfrom transformers import pipeline\n\n"
-            f'merge_adapter("{facts.hub_id or facts.name}", "{merge_into}", "merged")\n'
+            f'merge_adapter("{hub_id or name}", "{facts.instruct_model.name}", "merged")\n'
             'generator = pipeline("text-generation", model="merged")\n```'
         )
-    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.settings.items())
-    sections.append(f"## Training\n\n| setting | value |\n|---|---|\n{rows}")
+    sections.append("## Training\n\n" + markdown_table(("setting", "value"), list(facts.settings.items())))
     if facts.links:
-        sections.append("Run: " + ", ".join(f"[{name}]({url})" for name, url in facts.links.items()))
-    versions = "\n".join(f"- {name} {version}" for name, version in library_versions().items())
-    sections.append(f"### Framework versions\n\n{versions}")
-    sections.append(f"## Citation\n\n```bibtex\n{GIFT_CITATION}\n```\n\n```bibtex\n{_TRL_CITATION}\n```")
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections)
-    return ModelCard(f"{text}\n\n{_MARK.format(_digest(text))}\n")
-
-
-def write_card(path: Path, make: Callable[[], ModelCard], *, replace: bool | None = None) -> None:
-    """
-    Writes a card, unless there is one that a person has written. A card is never a reason to lose a training.
-
-    Args:
-        path (`Path`):
-            File.
-        make (`Callable`):
-            Makes the card.
-        replace (`bool`, *optional*):
-            Whether to write it in any case. Defaults to what [`may_be_replaced`] says.
-    """
-    if not (may_be_replaced(path) if replace is None else replace):
-        logger.warning_once(
-            f"`{path.name}` in `{path.parent}` was written or changed by a person, and is left as it is."
-        )
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make().save(path)
-    except Exception as error:
-        logger.warning(f"The model card was not written to `{path}`: {type(error).__name__}: {error}")
-
-
-def may_be_replaced(path: str | os.PathLike[str]) -> bool:
-    """
-    Whether a card says nothing that a person wrote.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            File.
-
-    Returns:
-        `bool`: Whether there is none, or one that [`make_adapter_card`] has made and nobody has changed.
-    """
-    if not os.path.exists(path):
-        return True
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text, _, mark = file.read().rstrip().rpartition("\n\n")
-    return mark == _MARK.format(_digest(text))
-
-
-def is_hub_id(name: str) -> bool:
-    """
-    Whether a name can be that of a repository on the Hub, and not that of a folder here.
-
-    Args:
-        name (`str`):
-            Hub id or path.
-
-    Returns:
-        `bool`: Whether it can be a Hub id.
-    """
-    return not os.path.exists(name) and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-
-
-def _shown(name: str) -> str:
-    return name if is_hub_id(name) else Path(name).resolve().name
-
-
-def _link(name: str, kind: str = "") -> str:
-    return f"[{name}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else f"`{_shown(name)}`"
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        sections.append("Run: " + ", ".join(f"[{service}]({url})" for service, url in facts.links.items()))
+    return make_card(data, [*sections, list_versions(facts.versions)])

@@ -22,7 +22,9 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
-from gift_trl.annotation.provenance import model_name, read_provenance
+from gift_trl.annotation.provenance import library_versions, read_provenance
+from gift_trl.cards import GIFT_CITATION, Source, TrainingFacts, is_hub_id, may_be_replaced, write_card
+from gift_trl.checkpoints import CARD_FILE
 from gift_trl.model_pair import end_of_turn_token_ids
 from gift_trl.training.checks import (
     check_supported,
@@ -38,13 +40,11 @@ from gift_trl.training.data_collator import DataCollatorForGIFT
 from gift_trl.training.learning_signal import LearningSignal, real_rows
 from gift_trl.training.loss import weighted_loss
 from gift_trl.training.model_card import (
-    GIFT_CITATION,
-    AdapterFacts,
+    dataset_sources,
+    learning_signal,
     make_adapter_card,
-    may_be_replaced,
     run_links,
     training_settings,
-    write_card,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
 from gift_trl.training.resume import last_complete_checkpoint
@@ -160,6 +160,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 "`borrow_instruct_token_rows` is set, but there is no instruct model to borrow from. Set "
                 "`instruct_model_name_or_path`."
             )
+        self._dataset_sources = dataset_sources(train_dataset)
         processing_class = choose_processing_class(model, instruct_model, args, processing_class)
         self._confidence_source = ConfidenceSource(
             args,
@@ -215,6 +216,10 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         for provenance in self._provenances:
             ids.update(provenance.end_of_turn_token_ids)
         self._end_of_turn_token_ids = torch.tensor(sorted(ids), dtype=torch.long)
+        self._base_source = _source(model, (self.args.model_init_kwargs or {}).get("revision"))
+        self._instruct_source = (
+            _source(instruct_model, args.instruct_model_revision) if instruct_model is not None else None
+        )
         self._signal = LearningSignal()
         self._borrowed_tokens = []
         if instruct_model is not None and instruct_model is not model:
@@ -403,12 +408,14 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        card = Path(output_dir or self.args.output_dir) / "README.md"
-        replace = self.is_world_process_zero() and may_be_replaced(card)
+        folder = Path(output_dir or self.args.output_dir)
+        replace = self.is_world_process_zero() and may_be_replaced(folder / CARD_FILE)
         super().save_model(output_dir, _internal_call)
-        if replace and card.exists():
+        if self.is_world_process_zero():
+            self._training_facts().write(folder)
+        if replace and (folder / CARD_FILE).exists():
             # PEFT has written a card of placeholders, with the base model's folder in it
-            write_card(card, lambda: self._make_card(self._card_name()), replace=True)
+            write_card(folder / CARD_FILE, lambda: self._make_card(self._card_name()), replace=True)
 
     def create_model_card(
         self,
@@ -417,27 +424,37 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         tags: str | list[str] | None = None,
     ) -> None:
         if self.is_world_process_zero():
-            card = Path(self.args.output_dir) / "README.md"
+            card = Path(self.args.output_dir) / CARD_FILE
             write_card(card, lambda: self._make_card(model_name or self._card_name(), dataset_name, tags))
 
     def _card_name(self) -> str:
         return (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
 
     def _make_card(self, name: str, dataset_name: str | None = None, tags: str | list[str] | None = None) -> ModelCard:
-        instruct = self._instruct_model
+        facts = self._training_facts()
+        if dataset_name is not None and dataset_name not in [dataset.name for dataset in facts.datasets]:
+            on_hub = is_hub_id(dataset_name)
+            facts.datasets.append(Source(dataset_name if on_hub else Path(dataset_name).name, on_hub=on_hub))
+        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        return make_adapter_card(facts, name, hub_id=self.args.hub_model_id, tags=tags)
+
+    def _training_facts(self) -> TrainingFacts:
         peft_config = self.model.active_peft_config if is_peft_model(self.model) else None
-        return make_adapter_card(
-            AdapterFacts(
-                name=name,
-                hub_id=self.args.hub_model_id,
-                base_model=get_config_model_id(self.model.config),
-                instruct_model=instruct if instruct is None or isinstance(instruct, str) else model_name(instruct),
-                dataset=dataset_name,
-                peft_type=None if peft_config is None else peft_config.peft_type.value,
-                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-                settings=training_settings(
-                    self.args, self.accelerator.num_processes, peft_config, self._provenances, self._borrowed_tokens
-                ),
-                links=run_links(),
-            )
+        return TrainingFacts(
+            base_model=self._base_source,
+            instruct_model=self._instruct_source,
+            datasets=list(self._dataset_sources),
+            peft_type=None if peft_config is None else peft_config.peft_type.value,
+            settings=training_settings(
+                self.args, self.accelerator.num_processes, peft_config, self._provenances, self._borrowed_tokens
+            ),
+            links=run_links(),
+            signal=learning_signal(self.state.log_history),
+            versions=library_versions(),
         )
+
+
+def _source(model: str | PreTrainedModel, revision: str | None) -> Source:
+    if isinstance(model, str):
+        return Source.of_model(model, revision)
+    return Source.of_model(get_config_model_id(model.config), was_loaded=False)

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 
+from gift_trl.cards import public_name
 from gift_trl.checkpoints import read_header, safetensors_files, weights_fingerprint
 from gift_trl.merging import MergeRecipe, conversion, merge, merge_adapter, merge_recipe
-from gift_trl.merging.report import public_name
 from gift_trl.scripts.merge import main, make_parser
 
 

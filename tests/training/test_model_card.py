@@ -1,8 +1,13 @@
+import json
+
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from gift_trl import GIFTSFTTrainer
-from gift_trl.training.model_card import AdapterFacts, make_adapter_card, may_be_replaced
+from gift_trl.cards import Source, TrainingFacts, may_be_replaced
+from gift_trl.checkpoints import TRAINING_FILE
+from gift_trl.training.model_card import dataset_sources, learning_signal, make_adapter_card
 
 
 def test_cards_of_a_run(pair, conversations, config, run, tmp_path):
@@ -64,18 +69,51 @@ def test_a_card_never_costs_a_training(pair, conversations, config, run, tmp_pat
     assert "The model card was not written" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
+def test_facts_of_a_run(pair, conversations, config, run, tmp_path):
+    trainer = run(config(max_steps=2), conversations)
+    trainer.save_model()
+    text = (tmp_path / "out" / TRAINING_FILE).read_text()
+    assert str(tmp_path) not in text and pair[0] not in text and pair[1] not in text
+    facts = TrainingFacts.from_dict(json.loads(text))
+    assert (facts.base_model, facts.instruct_model) == (Source("base"), Source("instruct"))
+    assert facts.settings["confidence_exponent"] == 1.0 and facts.settings["r"] == 4
+    logs = [log for log in trainer.state.log_history if "gift/signal_low" in log][:2]
+    assert facts.signal["step"] == [1, 2]
+    assert facts.signal["low"] == [round(log["gift/signal_low"], 4) for log in logs]
+
+
+def test_long_learning_signals_are_thinned():
+    names = ("gift/signal_low", "gift/signal_mid", "gift/signal_high")
+    logs = [{"step": 10 * i, **dict.fromkeys(names, i / 1000)} for i in range(1, 251)]
+    signal = learning_signal([{"step": 1, "eval_loss": 1.0}, *logs, {"step": 2500, "train_loss": 1.0}])
+    assert signal["step"] == [*range(30, 2500, 30), 2500]
+    assert signal["mid"][:2] == [0.002, 0.005] and signal["high"][-1] == 0.25
+    assert learning_signal([{"step": 1, "loss": 1.0}]) == {}
+
+
+def test_datasets_are_known_by_their_cache(monkeypatch):
+    commit = "06c749b9d3e976922e38512c383711923b3efead"
+    files = [
+        f"/home/cache/user___data/default/0.0.0/{commit}/cache-9d4f326bc6d727a9.arrow",
+        f"/home/cache/user___data/default/0.0.0/{commit}/data-train.arrow",
+        f"/home/cache/gsm8k/main/0.0.0/{commit}/gsm8k-train.arrow",
+        f"/home/cache/json/default-9d4f326bc6d727a9/0.0.0/{2 * commit}/json-train.arrow",
+    ]
+    dataset = Dataset.from_dict({"a": [1]})
+    assert dataset_sources(dataset) == []
+    monkeypatch.setattr(Dataset, "cache_files", [{"filename": name} for name in files])
+    assert dataset_sources(dataset) == [Source(name, commit, on_hub=True) for name in ("user/data", "gsm8k")]
+
+
 def test_card_of_models_on_the_hub():
-    facts = AdapterFacts(
-        name="adapter",
-        hub_id="me/adapter",
-        base_model="Qwen/Qwen2.5-7B",
-        instruct_model="Qwen/Qwen2.5-7B-Instruct",
-        dataset="AI-MO/NuminaMath-CoT",
-        tags=["trl", "gift"],
+    facts = TrainingFacts(
+        base_model=Source("Qwen/Qwen2.5-7B", on_hub=True),
+        instruct_model=Source("Qwen/Qwen2.5-7B-Instruct", on_hub=True),
+        datasets=[Source("AI-MO/NuminaMath-CoT", on_hub=True)],
     )
-    card = make_adapter_card(facts)
+    card = make_adapter_card(facts, "adapter", hub_id="me/adapter", tags=["trl", "gift"])
     assert card.data.base_model == "Qwen/Qwen2.5-7B" and card.data.base_model_relation == "adapter"
-    assert card.data.datasets == "AI-MO/NuminaMath-CoT"
+    assert card.data.datasets == ["AI-MO/NuminaMath-CoT"]
     assert "[Qwen/Qwen2.5-7B-Instruct](https://huggingface.co/Qwen/Qwen2.5-7B-Instruct)" in card.text
     assert "https://huggingface.co/datasets/AI-MO/NuminaMath-CoT" in card.text
     assert 'merge_adapter("me/adapter", "Qwen/Qwen2.5-7B-Instruct", "merged")' in card.text
