@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from gift_trl.scripts.recipes import recipes_folder
 from gift_trl.training.config import GIFTConfig
 
 
@@ -121,6 +122,29 @@ _SECTIONS = {
 }
 
 
+def recipe_file(name: str = "") -> str:
+    """
+    Finds a recipe.
+
+    Args:
+        name (`str`, *optional*, defaults to `""`):
+            Path of a YAML file, or of one in the recipes folder, such as `llama-3.1-8b/math.yaml`; that folder is inside an
+            installed package, where its path, too, may begin with `recipes/`.
+
+    Returns:
+        `str`: Path of the file.
+
+    Raises:
+        `FileNotFoundError`: If there is none.
+    """
+    for path in (name, recipes_folder() / name, recipes_folder().parent / name):
+        if os.path.isfile(path):
+            return str(path)
+    raise FileNotFoundError(
+        f"There is no recipe file `{name}`. Give `--config` the path of a YAML file, or of one in {recipes_folder()}."
+    )
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=110)
@@ -158,18 +182,32 @@ class RecipeParser(TrlParser):
         )
 
     def parse_args_and_config(self, args: list[str] | None = None, **kwargs) -> tuple:
-        args = list(sys.argv[1:] if args is None else args)
+        return super().parse_args_and_config(self.find_recipe(sys.argv[1:] if args is None else args), **kwargs)
+
+    def find_recipe(self, args: list[str]) -> list[str]:
+        """
+        Finds and reads the recipe that arguments name.
+
+        Args:
+            args (`list[str]`):
+                Arguments, with `--config` or without.
+
+        Returns:
+            `list[str]`: The arguments, in which `--config` is followed by the path of a file.
+
+        Raises:
+            `FileNotFoundError`: If there is no such recipe.
+            `ValueError`: If it is not valid YAML, or has a boolean where a word is meant.
+        """
         args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         if "--config" in args:
-            self._check_recipe_file(args[args.index("--config") + 1 :])
-        return super().parse_args_and_config(args, **kwargs)
+            position = args.index("--config") + 1
+            args[position : position + 1] = [recipe_file(*args[position : position + 1])]
+            self._check_recipe_file(args[position])
+        return args
 
-    def _check_recipe_file(self, following: list[str]) -> None:
-        if not following or not os.path.isfile(following[0]):
-            raise FileNotFoundError(
-                f"There is no recipe file `{following[0] if following else ''}`. Give `--config` the path of a YAML file."
-            )
-        with open(following[0], encoding="utf-8") as file:
+    def _check_recipe_file(self, path: str) -> None:
+        with open(path, encoding="utf-8") as file:
             try:
                 recipe = yaml.safe_load(file)
             except yaml.YAMLError as error:

@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from gift_trl.scripts.launch import launch, wants_launch
+
 
 # Listed here, so that `gift-trl --help` imports neither torch nor TRL
 COMMANDS = {
@@ -75,8 +77,12 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         print(f"error: there is no command `{arguments[0]}`.\n\n{_usage()}", end="", file=sys.stderr)
         raise SystemExit(2)
-    module = importlib.import_module(f"gift_trl.scripts.{arguments[0].replace('-', '_')}")
-    run(module.main, arguments[1:])
+    name = f"gift_trl.scripts.{arguments[0].replace('-', '_')}"
+    module = importlib.import_module(name)
+    if wants_launch(arguments[0], arguments[1:]):
+        run(lambda argv: launch(name, module.make_parser(), argv), arguments[1:])
+    else:
+        run(module.main, arguments[1:])
 
 
 if __name__ == "__main__":

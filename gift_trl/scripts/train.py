@@ -20,7 +20,8 @@ def make_parser(prog: str | None = None) -> "TrlParser":
         description="Trains an adapter on the base model with the GIFT loss, as the recipe says: scores the data with "
         "the instruct model if it has no `confidences` yet, trains, saves the adapter to output_dir and, with "
         "merge_output_dir, merges it into the instruct model. What stands on the command line wins over the recipe.",
-        epilog="example: accelerate launch -m gift_trl.scripts.train --config recipe.yaml --learning_rate 1e-4",
+        epilog="example: gift-trl train --config recipe.yaml --learning_rate 1e-4, on 8 GPUs gift-trl train "
+        "--accelerate_config zero2 --num_processes 8 --config recipe.yaml (any option of `accelerate launch`)",
     )
 
 
