@@ -31,7 +31,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,quantization,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,evaluation,quantization,dev]'
 	touch $@
 
 clean:
