@@ -7,13 +7,13 @@ RESULTS/
   MODEL/TASK/generations.jsonl    one line for each problem and sample, in this order
   MODEL/TASK/grades.jsonl         one line for each generation: its score, and the answer that was found in it
   MODEL/TASK/summary.json         the figures of a table, with their intervals, and what was left out
-  MODEL/TASK/timing.json          seconds and generated tokens: apart from the rest, which is the same in every run
+  MODEL/TASK/skipped.jsonl        problems that could not be asked, with the reason
+  MODEL/TASK/timing.json          seconds of the generation: apart from the rest, which is the same in every run
 ```
 
 Names of models and tasks are those of the configuration, and nothing in the files names a local path.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -23,15 +23,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import yaml
+
+from gift_trl.evaluation.statistics import Interval
 
 
 CONFIG_FILE = "evaluation.yaml"
 GENERATIONS_FILE = "generations.jsonl"
 GRADES_FILE = "grades.jsonl"
 SUMMARY_FILE = "summary.json"
+SKIPPED_FILE = "skipped.jsonl"
 TIMING_FILE = "timing.json"
 # What a task is for: what the training aims at, or what the model should not lose by it
 ROLES = ("target", "retention")
@@ -101,58 +104,38 @@ class Grade:
 @dataclass(frozen=True)
 class Skip:
     """
-    A problem, or a sample of one, that is not in the figures.
+    A problem that is not in the figures.
 
     Args:
         problem (`int`):
             As in [`Generation`].
         reason (`str`):
             Why it was left out.
-        sample (`int`, *optional*):
-            The sample; `None` for the whole problem.
     """
 
     problem: int
     reason: str
-    sample: int | None = None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """
-    A figure with its 95 % bootstrap interval over problems.
-
-    Args:
-        value (`float`):
-            The figure.
-        low, high (`float`, *optional*):
-            Ends of the interval; `None` where there is none.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
     """
-    The figures of one model on one task; shares and scores are from 0 to 1.
+    The figures of one model on one task; shares and scores are from 0 to 1, intervals are 95 % bootstraps over problems.
 
     Args:
-        metric (`str`):
-            Name of the metric.
+        metric (`dict[str, Any]`):
+            `name` of the metric, and its options.
         num_problems (`int`):
             Number of problems that were graded.
         num_samples (`int`):
             Number n of samples of each.
-        average ([`Estimate`]):
+        average ([`~gift_trl.evaluation.statistics.Interval`]):
             Average@n: mean score over the samples of a problem, then over the problems.
-        pass_at_k (`dict[int, Estimate]`):
+        pass_at_k (`dict[int, Interval]`):
             Unbiased estimate of the chance that one of k samples is right, for the powers of two up to n. Empty where
             scores are not 0 or 1.
-        majority ([`Estimate`], *optional*):
-            Majority@n: score of the most frequent answer. `None` where the metric finds no answers.
+        majority (`Interval`, *optional*):
+            Majority@n: score of the most frequent answer. `None` for a single sample, and where scores are not 0 or 1.
         truncated (`float`, *optional*):
             Share of the answers that were cut off. `None` where that is not known.
         never_stopped (`float`, *optional*):
@@ -163,12 +146,12 @@ class Summary:
             What was left out, and why.
     """
 
-    metric: str
+    metric: dict[str, Any]
     num_problems: int
     num_samples: int
-    average: Estimate
-    pass_at_k: dict[int, Estimate] = field(default_factory=dict)
-    majority: Estimate | None = None
+    average: Interval
+    pass_at_k: dict[int, Interval] = field(default_factory=dict)
+    majority: Interval | None = None
     truncated: float | None = None
     never_stopped: float | None = None
     mean_tokens: float | None = None
@@ -180,16 +163,22 @@ class Summary:
         return cls(
             **{
                 **values,
-                "average": Estimate(**values["average"]),
-                "pass_at_k": {int(k): Estimate(**estimate) for k, estimate in values["pass_at_k"].items()},
-                "majority": Estimate(**values["majority"]) if values["majority"] else None,
+                "average": Interval(**values["average"]),
+                "pass_at_k": {int(k): Interval(**interval) for k, interval in values["pass_at_k"].items()},
+                "majority": Interval(**values["majority"]) if values["majority"] else None,
                 "skipped": tuple(Skip(**skip) for skip in values["skipped"]),
             }
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON holds them."""
-        return dataclasses.asdict(self)
+        return {
+            **vars(self),
+            "average": self.average._asdict(),
+            "pass_at_k": {k: interval._asdict() for k, interval in self.pass_at_k.items()},
+            "majority": self.majority._asdict() if self.majority else None,
+            "skipped": [vars(skip) for skip in self.skipped],
+        }
 
 
 @dataclass(frozen=True)
@@ -228,8 +217,8 @@ class TaskResults:
 
     @cached_property
     def timing(self) -> dict[str, float]:
-        """`seconds` of the generation, added up over processes and resumed runs, and generated `tokens`."""
-        return _read(self.folder / TIMING_FILE, dict)
+        """`seconds` of the generation on the clock, added up over resumed runs; empty if not known."""
+        return _read(self.folder / TIMING_FILE, dict) if (self.folder / TIMING_FILE).is_file() else {}
 
     def generations(self, problems: Collection[int] | None = None) -> Iterator[Generation]:
         """
@@ -408,7 +397,9 @@ def to_line(item: Any) -> str:
     Returns:
         `str`: The line with its end.
     """
-    return json.dumps(vars(item), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(vars(item), ensure_ascii=False, allow_nan=False) + "\n"
+    # Half of a surrogate pair, as JSON data can hold, cannot be written as UTF-8
+    return line.encode(errors="replace").decode()
 
 
 def write_lines(path: Path, items: Iterable[Any]) -> None:
@@ -421,7 +412,7 @@ def write_lines(path: Path, items: Iterable[Any]) -> None:
         items (`Iterable[Any]`):
             Instances of a dataclass.
     """
-    with _write_file(path) as file:
+    with write_file(path) as file:
         file.writelines(map(to_line, items))
 
 
@@ -435,7 +426,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         values (`dict[str, Any]`):
             Its content.
     """
-    with _write_file(path) as file:
+    with write_file(path) as file:
         file.write(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -449,16 +440,29 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
         config (`dict[str, Any]`):
             See [`Results`].
     """
-    with _write_file(folder / CONFIG_FILE) as file:
+    with write_file(folder / CONFIG_FILE) as file:
         file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=119))
 
 
 @contextmanager
-def _write_file(path: Path) -> Iterator[TextIO]:
+def write_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """
+    Writes a file whole or not at all.
+
+    Args:
+        path (`Path`):
+            The file to be. Missing folders are made.
+        mode (`str`, *optional*, defaults to `"w"`):
+            `"w"` for text, `"wb"` for bytes.
+
+    Yields:
+        The open file, which takes the place of `path` at the end.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

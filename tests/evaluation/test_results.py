@@ -5,7 +5,6 @@ import json
 import pytest
 
 from gift_trl.evaluation.results import (
-    Estimate,
     Generation,
     Grade,
     Skip,
@@ -16,6 +15,7 @@ from gift_trl.evaluation.results import (
     write_json,
     write_lines,
 )
+from gift_trl.evaluation.statistics import Interval
 
 
 # A separator at which `str.splitlines` would split
@@ -31,12 +31,12 @@ GRADES = [
     Grade(2, 1, 1.0, "2"),
 ]
 SUMMARY = Summary(
-    "exact_match",
+    {"name": "exact_match"},
     num_problems=2,
     num_samples=2,
-    average=Estimate(0.75, 0.5, 1.0),
-    pass_at_k={1: Estimate(0.75, 0.5, 1.0), 2: Estimate(1.0, 1.0, 1.0)},
-    majority=Estimate(1.0, 1.0, 1.0),
+    average=Interval(0.75, 0.5, 1.0),
+    pass_at_k={1: Interval(0.75, 0.5, 1.0), 2: Interval(1.0, 1.0, 1.0)},
+    majority=Interval(1.0, 1.0, 1.0),
     truncated=0.0,
     never_stopped=0.0,
     mean_tokens=2.0,
@@ -74,7 +74,7 @@ def test_what_is_written_is_read_back(folder):
 def test_files_of_the_standard_library_suffice_to_read_them(folder):
     lines = (folder / "gift" / "sums" / "generations.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     assert json.loads(lines[2])["prompt"] == "<s>2\u2028?" and len(lines) == 4
-    assert json.loads((folder / "gift" / "sums" / "summary.json").read_text())["pass_at_k"]["2"]["value"] == 1.0
+    assert json.loads((folder / "gift" / "sums" / "summary.json").read_text())["pass_at_k"]["2"]["mean"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_files_of_the_standard_library_suffice_to_read_them(folder):
         ("generations.jsonl", '{"problem": 0', lambda run: list(run.generations())),
         ("generations.jsonl", '{"problem": 0}\n', lambda run: list(run.generations())),
         ("grades.jsonl", "[1]\n", lambda run: run.grades),
-        ("summary.json", '{"metric": "rouge"}', lambda run: run.summary),
+        ("summary.json", '{"metric": {}}', lambda run: run.summary),
         ("timing.json", "", lambda run: run.timing),
     ],
 )
