@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils.hub import extract_commit_hash
 from trl import DatasetMixtureConfig, get_dataset
@@ -13,10 +13,8 @@ from trl.data_utils import get_dataset_column_names
 from gift_trl.annotation import load_annotated_dataset
 from gift_trl.annotation.hub import download_provenance
 from gift_trl.annotation.storage import PROVENANCE_FILE, attach_provenance
+from gift_trl.data_files import load_local_data
 from gift_trl.scripts.arguments import GIFTScriptArguments
-
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_recipe_datasets(
@@ -78,17 +76,11 @@ def load_recipe_datasets(
 def _load(script_args: GIFTScriptArguments, streaming: bool) -> DatasetDict | IterableDatasetDict:
     name = os.path.expanduser(script_args.dataset_name)
     streaming = streaming or script_args.dataset_streaming
-    extension = os.path.splitext(name)[1].lower()
-    if os.path.isdir(name):
-        if os.path.isfile(os.path.join(name, PROVENANCE_FILE)):
-            return load_annotated_dataset(name)
-        if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
-            saved = load_from_disk(name)
-            return saved if isinstance(saved, DatasetDict) else DatasetDict({script_args.dataset_train_split: saved})
-    elif extension in _BUILDERS:
-        if not os.path.isfile(name):
-            raise FileNotFoundError(f"There is no file `{name}`. Check `dataset_name` (`--dataset`).")
-        return load_dataset(_BUILDERS[extension], data_files=name, streaming=streaming)
+    if os.path.isfile(os.path.join(name, PROVENANCE_FILE)):
+        return load_annotated_dataset(name)
+    local = load_local_data(name, split=script_args.dataset_train_split, streaming=streaming)
+    if local is not None:
+        return local
     loaded = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
     # A stream that does not know its columns before its first row is not the Parquet that was pushed
     if not os.path.isdir(name) and any("confidences" in (split.column_names or ()) for split in loaded.values()):
