@@ -18,17 +18,25 @@ T = TypeVar("T")
 
 # Seconds between the attempts, where the Hub names none
 RETRY_WAITS = (1, 2, 4, 8, 16, 32)
-# Longest wait that the Hub may ask for: its limits of the rate count windows of five minutes
+# Seconds after the first failure, from which on nothing is repeated
+MAX_RETRY_TIME = 1800
+# Longest wait in seconds that the Hub may ask for: its limits of the rate count windows of five minutes
 MAX_RETRY_AFTER = 600
 # Seconds until a request that does not move is given up. An answer may take the Hub a minute of work.
 TIME_LIMITS = {"connect": 30.0, "read": 180.0, "write": 180.0, "pool": 180.0}
 # The Hub answers 409 while another request changes the same repository
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+# Those that name the addresses of requests
+_LOGGERS = ("huggingface_hub.utils._http", "httpx", "httpx2")
 _INSTALLATION = threading.Lock()
 
 
 class LongWaitError(OSError):
     """The Hub asks to wait for longer than is done here."""
+
+
+# What a request of the Hub client raises: no answer or a wrong one, one that asks to wait, one that is no JSON
+HUB_ERRORS = (HTTPError, LongWaitError, json.JSONDecodeError)
 
 
 def check_repository(
@@ -89,7 +97,7 @@ def check_repository(
             call_hub(api.auth_check, repo_id, repo_type=repo_type, write=True)
         except RepositoryNotFoundError:
             remote = None
-    except (HTTPError, LongWaitError) as error:
+    except HUB_ERRORS as error:
         raise explain(error, repo_id, repo_type) from error
     if private and remote is not None and not remote.private:
         raise ValueError(
@@ -123,19 +131,22 @@ def call_hub(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         `HTTPError` or `RuntimeError`: What the last attempt raised, or the first that no repetition can mend.
         [`LongWaitError`]: If the Hub asks to wait for longer than `MAX_RETRY_AFTER`.
     """
-    for wait in (*RETRY_WAITS, None):
+    waits, failing_since = iter(RETRY_WAITS), None
+    while True:
         _limit_requests()
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if wait is None or not is_transient(error):
+            _redact_error(error)
+            failing_since = time.monotonic() if failing_since is None else failing_since
+            wait = next(waits, None)
+            if wait is None or time.monotonic() - failing_since > MAX_RETRY_TIME or not is_transient(error):
                 raise
             answer = _http_error(error)
             asked = _seconds_to_wait(answer.response) if isinstance(answer, HfHubHTTPError) else None
             if asked is not None and asked > MAX_RETRY_AFTER:
                 raise LongWaitError(_long_wait(asked)) from error
-            time.sleep(wait if asked is None else asked)
-    raise AssertionError("unreachable")
+        time.sleep(wait if asked is None else asked)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -172,17 +183,23 @@ def explain(error: BaseException, repo_id: str, repo_type: str = "model") -> OSE
     """
     answer = _http_error(error)
     if isinstance(answer, HfHubHTTPError):
-        status = answer.response.status_code
+        status, message = answer.response.status_code, answer.server_message or ""
         if status == 401:
             return PermissionError(
                 "The Hub does not accept the token: it is mistyped, expired or revoked. Run `hf auth login`, or set "
                 "`HF_TOKEN` (which is used first) to a valid one."
             )
+        # The Hub says so too of storage that is used up
+        if status == 402 or (status == 403 and re.search("storage|quota|billing", message, re.IGNORECASE)):
+            return PermissionError(f"The Hub has no room for '{repo_id}': {redact(message) or 'payment required'}.")
         if status == 403:
             return PermissionError(_no_permission(repo_id, repo_type))
-        return ConnectionError(f"The Hub answers with an error ({describe(error)}): try again later.")
+        if status == 404:
+            return ConnectionError(f"The Hub does not find '{repo_id}', or not for this token ({describe(answer)}).")
+        later = ": try again later" if is_transient(error) else ""
+        return ConnectionError(f"The Hub answers with an error ({describe(answer)}){later}.")
     # Without an answer, it is the HTTP library's error, which is no `OSError`
-    if isinstance(answer, HTTPError):
+    if isinstance(answer, (HTTPError, json.JSONDecodeError)):
         return ConnectionError(
             f"The Hub at {HfApi().endpoint} cannot be reached ({describe(error)}): check the connection, and "
             "`HF_ENDPOINT` if it is set."
@@ -204,6 +221,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         answer = f"{error.response.status_code} {error.response.reason_phrase}"
         return redact(f"{answer}: {error.server_message}" if error.server_message else answer)
+    if isinstance(error, json.JSONDecodeError):
+        return "the answer is cut off, or not the Hub's"
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     # The client says which file it was, and leaves what happened to the cause
     if isinstance(error, RuntimeError) and error.__cause__:
@@ -222,8 +241,7 @@ def redact(text: str) -> str:
     Returns:
         `str`: The text without them.
     """
-    token = get_token()
-    if token:
+    if token := get_token():
         text = text.replace(token, "[token]")
     # The address of an upload is signed: who reads it can write there
     return re.sub(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+", r"\1?[…]", text)
@@ -232,6 +250,15 @@ def redact(text: str) -> str:
 def _http_error(error: BaseException) -> BaseException:
     """The error of the request: that of an upload is the cause of a `RuntimeError`."""
     return _http_error(error.__cause__) if isinstance(error, RuntimeError) and error.__cause__ else error
+
+
+def _redact_error(error: BaseException | None) -> None:
+    """Redacts an error and all it comes from, so that its traceback can be shown: a proxy may quote the request."""
+    while error is not None:
+        error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
+        if isinstance(error, HfHubHTTPError) and error.server_message:
+            error.server_message = redact(error.server_message)
+        error = error.__cause__ or error.__context__
 
 
 def _no_permission(repo_id: str, repo_type: str) -> str:
@@ -264,9 +291,8 @@ def _limit_requests() -> None:
         if factory is not None and not isinstance(factory, _LimitedFactory):
             _http._GLOBAL_CLIENT_FACTORY = _LimitedFactory(factory)
         _limit(get_session())
-        logger = logging.getLogger("huggingface_hub.utils._http")
-        if _redact_record not in logger.filters:
-            logger.addFilter(_redact_record)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_redact_record)
 
 
 class _LimitedFactory:

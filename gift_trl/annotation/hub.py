@@ -17,7 +17,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HTTPError,
     LocalEntryNotFoundError,
     RevisionNotFoundError,
 )
@@ -25,7 +24,7 @@ from huggingface_hub.hf_api import DatasetInfo
 
 from gift_trl.annotation.provenance import Provenance
 from gift_trl.annotation.storage import PROVENANCE_FILE, TOKENIZER_FOLDER, read_provenance_file
-from gift_trl.repositories import LongWaitError, call_hub, check_repository, describe, explain
+from gift_trl.repositories import HUB_ERRORS, call_hub, check_repository, describe, explain
 
 
 # What a push replaces as a whole: a file left from an earlier push would be loaded with the new ones
@@ -62,7 +61,7 @@ def check_push_target(repo_id: str, *, private: bool | None = None, revision: st
             remote = call_hub(HfApi(token=True).dataset_info, repo_id, revision=revision)
         except RevisionNotFoundError:
             pass  # a new branch begins as a copy of the main one
-        except (HTTPError, LongWaitError) as error:
+        except HUB_ERRORS as error:
             raise explain(error, repo_id, "dataset") from error
     if remote is not None:
         _check_content(remote)

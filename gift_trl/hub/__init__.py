@@ -9,13 +9,14 @@ __all__ = ["PushReport", "check_push_target", "push_command", "push_folder"]
 # Resolved on first use: `gift-trl push` needs neither torch nor transformers
 _MODULES = {
     "PushReport": "gift_trl.hub.push",
-    "check_push_target": "gift_trl.hub.push",
+    "check_push_target": "gift_trl.hub.target",
     "push_command": "gift_trl.hub.push",
     "push_folder": "gift_trl.hub.push",
 }
 
 if TYPE_CHECKING:
-    from gift_trl.hub.push import PushReport, check_push_target, push_command, push_folder
+    from gift_trl.hub.push import PushReport, push_command, push_folder
+    from gift_trl.hub.target import check_push_target
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,21 @@
 """The files of a model: which of a folder's are pushed, and whether the Hub holds the same."""
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
+import yaml
+from huggingface_hub import CommitOperationAdd, ModelCard
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from tqdm.auto import tqdm
 
-from gift_trl.checkpoints import ADAPTER_FILE, safetensors_files
+from gift_trl.checkpoints import ADAPTER_FILE, CARD_FILE, KINSHIP_PLOT_FILE, SIGNAL_PLOT_FILE, safetensors_files
+from gift_trl.repositories import describe
 
 
 ADAPTER_CONFIG_FILE, CONFIG_FILE = "adapter_config.json", "config.json"
@@ -56,44 +60,60 @@ class LocalFile:
     A file to push.
 
     Args:
+        folder (`Path`):
+            Folder that is pushed.
         name (`str`):
-            Path in the repository.
-        content (`Path` or `bytes`):
-            The file, or what stands in it.
+            Path in the folder, and in the repository.
+
+    Attributes:
+        size (`int`): Size in bytes.
     """
 
-    def __init__(self, name: str, content: Path | bytes):
-        self.name, self.content = name, content
+    def __init__(self, folder: Path, name: str):
+        self.path, self.name = folder / name, name
         self._found = self._state()
-        self.size = len(content) if isinstance(content, bytes) else self._found[0]
+        self.size = self._found[0]
 
-    def _state(self) -> tuple[int, int] | None:
-        if isinstance(self.content, bytes):
-            return None
-        status = os.stat(self.content)
+    def _state(self) -> tuple[int, int]:
+        status = os.stat(self.path)
         return status.st_size, status.st_mtime_ns
 
     @cached_property
     def sha256(self) -> str:
-        """Hash by which the Hub knows a large file. Reads the file."""
-        if isinstance(self.content, bytes):
-            return hashlib.sha256(self.content).hexdigest()
-        with open(self.content, "rb") as file:
+        """Hash by which the Hub knows a large file."""
+        with open(self.path, "rb") as file:
             return sha_fileobj(file).hex()
+
+    @cached_property
+    def git_sha1(self) -> str:
+        """Hash by which the Hub knows a small file."""
+        return git_hash(self.path.read_bytes())
 
     def equals(self, remote: RepoFile | None) -> bool:
         """Whether the Hub holds this content."""
         if remote is None or remote.size != self.size:
             return False
-        if remote.lfs is not None:
-            return remote.lfs.sha256 == self.sha256
-        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return remote.blob_id == git_hash(content)
+        return remote.blob_id == self.git_sha1 if remote.lfs is None else remote.lfs.sha256 == self.sha256
+
+    def addition(self) -> CommitOperationAdd:
+        """The operation that uploads the file, with the hash that is already known."""
+        operation = CommitOperationAdd(self.name, self.path)
+        operation.upload_info.sha256 = bytes.fromhex(self.sha256)
+        return operation
 
     def check_unchanged(self) -> None:
-        """Raises an error if the file was written to since it was listed."""
+        """Raises an `OSError` if the file was written to since it was listed."""
         if self._state() != self._found:
-            raise OSError(f"'{self.content}' was written to during the push")
+            raise OSError(f"'{self.name}' was written to meanwhile")
+
+
+def hash_files(files: list[LocalFile]) -> None:
+    """Reads every file once, with a progress bar if that takes longer than a moment."""
+    size = sum(file.size for file in files)
+    with tqdm(total=size, desc="Hash", unit="B", unit_scale=True, leave=False, delay=2) as bar:
+        for file in files:
+            _ = file.sha256
+            bar.update(file.size)
 
 
 def list_model_files(folder: Path) -> tuple[list[LocalFile], list[str]]:
@@ -117,7 +137,7 @@ def list_model_files(folder: Path) -> tuple[list[LocalFile], list[str]]:
     weights = {path.name for path in safetensors_files(folder)}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     pushed = [name for name in names if name in weights or _is_pushed(name)]
-    return [LocalFile(name, folder / name) for name in pushed], [name for name in names if name not in pushed]
+    return [LocalFile(folder, name) for name in pushed], [name for name in names if name not in pushed]
 
 
 def replaced_names(names: Iterable[str]) -> list[str]:
@@ -138,20 +158,39 @@ def replaced_names(names: Iterable[str]) -> list[str]:
     ]
 
 
-def differing_names(files: Iterable[LocalFile], remote: Mapping[str, RepoFile]) -> list[str]:
+def read_card(folder: Path) -> ModelCard | None:
     """
-    Which files the Hub does not hold as they are here.
+    Reads the card of a folder. A model without a licence on its card is warned of.
 
     Args:
-        files (`Iterable[LocalFile]`):
-            The files.
-        remote (`Mapping[str, RepoFile]`):
-            What the Hub lists, by path.
+        folder (`Path`):
+            Folder of a model or an adapter.
 
     Returns:
-        `list[str]`: Paths.
+        [`~huggingface_hub.ModelCard`] or `None`: The card; `None` if there is none.
+
+    Raises:
+        `ValueError`: If its metadata cannot be read.
     """
-    return [file.name for file in files if not file.equals(remote.get(file.name))]
+    path = folder / CARD_FILE
+    if not path.is_file():
+        warnings.warn(
+            f"'{folder}' has no card: nobody will know what the model is. Write a {CARD_FILE}.", stacklevel=4
+        )
+        return None
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The metadata of '{path}' cannot be read ({describe(error)}): mend what stands between its lines `---`."
+        ) from error
+    if (folder / CONFIG_FILE).is_file() and not card.data.get("license"):
+        warnings.warn(
+            f"The card of '{folder}' names no licence (`license:`): nobody will know what the model may be used for. Take that "
+            "of the instruct model.",
+            stacklevel=4,
+        )
+    return card
 
 
 def _check_complete(folder: Path) -> None:

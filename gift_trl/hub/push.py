@@ -11,11 +11,9 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from gift_trl.checkpoints import CARD_FILE
-from gift_trl.hub.files import LocalFile, differing_names, list_model_files, replaced_names
-from gift_trl.repositories import LongWaitError, call_hub, check_repository, describe, explain
-
-
-DEFAULT_BRANCH = "main"
+from gift_trl.hub.files import LocalFile, hash_files, list_model_files, read_card, replaced_names
+from gift_trl.hub.target import check_replaced, find_target, list_files, tag_exists
+from gift_trl.repositories import HUB_ERRORS, call_hub, describe, explain
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,13 @@ class PushReport:
         uploaded (`list[str]`):
             Files that the commit added or changed; empty if the Hub held them all.
         unchanged (`list[str]`):
-            Files that the Hub held already.
+            Files that the branch held already.
         deleted (`list[str]`):
             Files of an earlier model that the commit removed.
         left_out (`list[str]`):
             Files of the folder that are not pushed.
         num_bytes (`int`):
-            Size of the uploaded files.
+            Size of the uploaded files. What the Hub stored before, such as in a push that failed, was not sent again.
         duration_s (`float`):
             Seconds from the call to the last check.
         tag (`str`, *optional*):
@@ -60,50 +58,26 @@ class PushReport:
     duration_s: float
     tag: str | None = None
 
+    def summary(self) -> str:
+        """
+        The push in a few lines for the terminal.
 
-@dataclass(frozen=True)
-class _Target:
-    """A branch of a repository: the commit it points to, and the files of that."""
-
-    repo_id: str
-    exists: bool
-    branch_exists: bool
-    head: str | None
-    files: dict[str, RepoFile]
-    # Nothing on the branch would be lost with it
-    is_new: bool
-    tags: dict[str, str]
-
-
-def check_push_target(
-    repo_id: str, *, private: bool | None = None, revision: str | None = None, overwrite: bool = False
-) -> str:
-    """
-    Checks that a model repository can be pushed to, before the work whose result goes there. Nothing is created.
-
-    Args:
-        repo_id (`str`):
-            Id of the repository. Without a namespace, it is the user's.
-        private (`bool`, *optional*):
-            Whether the repository has to be private.
-        revision (`str`, *optional*):
-            Branch to be pushed to. Defaults to the main branch.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether a model that is there may be replaced.
-
-    Returns:
-        `str`: The id with its namespace.
-
-    Raises:
-        `ValueError`: If it is no legal id, or the repository is public and `private` is set.
-        `FileExistsError`: If the branch holds a model or a card and `overwrite` is not set.
-        `PermissionError`: If there is no login, or it may not write there.
-        `ConnectionError`: If the Hub cannot be asked.
-    """
-    target = _find_target(HfApi(token=True), repo_id, private, revision)
-    if not overwrite and not target.is_new:
-        _refuse_to_replace(target, revision, sorted([*replaced_names(target.files), *_card_of(target)]))
-    return target.repo_id
+        Returns:
+            `str`: Text of a few lines.
+        """
+        where = f"{self.repo_id}, branch {self.revision}" + (f", tag {self.tag}" if self.tag else "")
+        if self.uploaded or self.deleted:
+            lines = [f"Pushed to {where}"]
+            parts = [f"{len(self.uploaded)} files ({_size(self.num_bytes)})", f"{len(self.unchanged)} unchanged"]
+            parts += [f"{len(self.deleted)} of an earlier model deleted"] if self.deleted else []
+        else:
+            lines = [f"Nothing to push: the files are there already ({where})"]
+            parts = [f"{len(self.unchanged)} files"]
+        lines.append(f"  {', '.join(parts)}; names, sizes and hashes checked; {self.duration_s:.1f} s")
+        if self.left_out:
+            shown = ", ".join(self.left_out[:5]) + (f" and {len(self.left_out) - 5} more" if self.left_out[5:] else "")
+            lines.append(f"  left out, as no part of a model: {shown}")
+        return "\n".join([*lines, f"  {self.url}"])
 
 
 def push_folder(
@@ -115,12 +89,17 @@ def push_folder(
     tag: str | None = None,
     commit_message: str | None = None,
     overwrite: bool = False,
+    max_size_gb: float | None = None,
 ) -> PushReport:
     """
     Pushes a model or an adapter to a model repository on the Hub, in one commit, and checks what is there afterwards.
 
     The token is that of `hf auth login` or `HF_TOKEN`. The folder is not changed. A push that failed is finished by
     the same call: what the Hub has is not sent again, and a commit whose answer was lost is found.
+
+    Without `overwrite`, a push only adds files to a branch. With it, files of the same name are replaced, and weights
+    and descriptions of an earlier model that the folder does not have are deleted in the same commit; other files, such
+    as pictures and documents, stay.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -137,55 +116,44 @@ def push_folder(
         commit_message (`str`, *optional*):
             First line of the commit's message.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether files on the branch may be replaced. The commit then also deletes weights and descriptions of an earlier
-            model that the folder does not have; other files, such as pictures, stay.
+            Whether files on the branch may be replaced.
+        max_size_gb (`float`, *optional*):
+            Largest size of the upload in GB (10⁹ bytes), such as what the storage has left.
 
     Returns:
         [`PushReport`]: What was done.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: If the folder holds no complete model or adapter, or the target is not legal.
+        `FileNotFoundError`, `ValueError`: If the folder holds no complete model or adapter, its card is not valid, it is too
+            large, or the target is not legal.
         `FileExistsError`: If files on the branch would be replaced, or the tag belongs to another commit.
         `PermissionError`, `ConnectionError`, `OSError`: If the push fails; with the command that finishes it.
     """
     start = time.monotonic()
     folder = Path(folder).expanduser()
     files, left_out = list_model_files(folder)
-    api = HfApi(token=True)
-    target = _find_target(api, repo_id, private, revision)
-    changed = differing_names(files, target.files)
-    stale = [name for name in replaced_names(target.files) if name not in {file.name for file in files}]
-    if not overwrite and not target.is_new:
-        _refuse_to_replace(target, revision, sorted([*stale, *(name for name in changed if name in target.files)]))
+    push = _Push(
+        folder, files, repo_id, private, revision, tag, commit_message, overwrite=overwrite, max_size_gb=max_size_gb
+    )
     try:
-        target = _create(api, target, private, revision)
-        commit = target.head
-        if changed or stale:
-            message = commit_message or f"Upload {folder.resolve().name} with gift_trl"
-            commit = _commit(api, target, files, changed, stale, revision, message)
-        _verify(api, target.repo_id, commit, files, stale)
-        if tag is not None:
-            call_hub(api.create_tag, target.repo_id, tag=tag, revision=commit, exist_ok=True)
+        push.plan()
+    except (ConnectionError, PermissionError) as error:
+        raise type(error)(f"{error} Then push with `{push.command()}`.") from error
+    try:
+        commit = push.run()
     # The client, its HTTP library and its transfer library have no error in common
     except Exception as error:
-        command = push_command(
-            folder, target.repo_id, private=private, revision=revision, tag=tag, overwrite=overwrite
-        )
-        reason = explain(error, target.repo_id) if isinstance(error, (HTTPError, LongWaitError)) else describe(error)
-        raise OSError(
-            f"The push to '{target.repo_id}' failed: {str(reason).rstrip('.')}. Everything is still in '{folder}', finish "
-            f"with `{command}`."
-        ) from error
+        raise push.failure(error) from error
     return PushReport(
-        repo_id=target.repo_id,
-        revision=revision or DEFAULT_BRANCH,
+        repo_id=push.repo_id,
+        revision=push.target.branch,
         commit=commit,
-        url=f"{api.endpoint}/{target.repo_id}/commit/{commit}",
-        uploaded=changed,
-        unchanged=[file.name for file in files if file.name not in changed],
-        deleted=stale,
+        url=f"{push.api.endpoint}/{push.repo_id}/commit/{commit}",
+        uploaded=[file.name for file in push.changed],
+        unchanged=[file.name for file in files if file not in push.changed],
+        deleted=push.stale,
         left_out=left_out,
-        num_bytes=sum(file.size for file in files if file.name in changed),
+        num_bytes=push.num_bytes,
         duration_s=time.monotonic() - start,
         tag=tag,
     )
@@ -198,13 +166,14 @@ def push_command(
     private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
+    commit_message: str | None = None,
     overwrite: bool = False,
 ) -> str:
     """
     The command that pushes a folder.
 
     Args:
-        folder, repo_id, private, revision, tag, overwrite:
+        folder, repo_id, private, revision, tag, commit_message, overwrite:
             As in [`push_folder`].
 
     Returns:
@@ -212,100 +181,161 @@ def push_command(
     """
     command = ["gift-trl", "push", os.fspath(folder), "--repo_id", repo_id]
     command += ["--private"] if private else []
-    command += ["--revision", revision] if revision is not None else []
-    command += ["--tag", tag] if tag is not None else []
+    for name, value in {"revision": revision, "tag": tag, "commit_message": commit_message}.items():
+        command += [f"--{name}", value] if value is not None else []
     command += ["--overwrite"] if overwrite else []
     return shlex.join(command)
 
 
-def _find_target(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> _Target:
-    repo_id, remote = check_repository(repo_id, private=private)
-    if remote is None:
-        return _Target(repo_id, False, False, None, {}, True, {})
-    try:
-        refs = call_hub(api.list_repo_refs, repo_id)
-        branches = {branch.name: branch.target_commit for branch in refs.branches}
-        head = branches.get(revision or DEFAULT_BRANCH, remote.sha)
-        files = _remote_files(api, repo_id, head)
-    except (HTTPError, LongWaitError) as error:
-        raise explain(error, repo_id) from error
-    # A branch without a commit of its own loses nothing: it was created for a push that then failed
-    is_new = revision not in (None, DEFAULT_BRANCH) and head == remote.sha
-    branch_exists = (revision or DEFAULT_BRANCH) in branches
-    return _Target(
-        repo_id, True, branch_exists, head, files, is_new, {tag.name: tag.target_commit for tag in refs.tags}
-    )
+class _Push:
+    """One push: planned from what the folder and the branch hold, then made."""
 
+    def __init__(
+        self,
+        folder: Path,
+        files: list[LocalFile],
+        repo_id: str,
+        private: bool | None,
+        revision: str | None,
+        tag: str | None,
+        commit_message: str | None,
+        *,
+        overwrite: bool,
+        max_size_gb: float | None,
+    ):
+        self.api = HfApi(token=True)
+        self.folder, self.files, self.card = folder, files, read_card(folder)
+        self.repo_id, self.private, self.revision, self.tag = repo_id, private, revision, tag
+        self.commit_message, self.overwrite, self.max_size_gb = commit_message, overwrite, max_size_gb
+        self.step = "preparing it"
 
-def _remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
-    entries = call_hub(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    def plan(self) -> None:
+        """Compares the folder with the branch; raises what speaks against the push before anything is changed."""
+        self.target = find_target(self.api, self.repo_id, self.private, self.revision)
+        self.repo_id = self.target.repo_id
+        hash_files(self.files)
+        self.changed = [file for file in self.files if not file.equals(self.target.files.get(file.name))]
+        names = {file.name for file in self.files}
+        self.stale = [name for name in replaced_names(self.target.files) if name not in names]
+        self.num_bytes = sum(file.size for file in self.changed)
+        if not self.overwrite:
+            replaced = [file.name for file in self.changed if file.name in self.target.files]
+            try:
+                check_replaced(self.target, sorted([*replaced, *self.stale]))
+            except FileExistsError as error:
+                raise FileExistsError(f"{error} That would be `{self.command(overwrite=True)}`.") from error
+        tagged = self.target.tags.get(self.tag)
+        if tagged is not None and (self.changed or self.stale or tagged != self.target.head):
+            raise FileExistsError(tag_exists(self.target, self.tag))
+        if self.max_size_gb is not None and self.num_bytes > self.max_size_gb * 1e9:
+            raise ValueError(
+                f"The upload has {_size(self.num_bytes)}, more than the {self.max_size_gb:g} GB of `max_size_gb`: make room on "
+                "the Hub, or push to the namespace of somebody who has it."
+            )
+        if self.card is not None:
+            self._check_card()
 
+    def run(self) -> str:
+        """Makes the push; returns the commit that holds the files."""
+        self._create()
+        commit = self.target.head
+        if self.changed or self.stale:
+            commit = self._commit()
+        self.step = f"checking the commit {commit}"
+        held = call_hub(list_files, self.api, self.repo_id, commit)
+        if wrong := self._differences(held):
+            raise OSError(f"the Hub and the folder differ in {', '.join(wrong)}")
+        if self.tag is not None:
+            self.step = f"tagging the commit {commit}, which is complete"
+            call_hub(self.api.create_tag, self.repo_id, tag=self.tag, revision=commit, exist_ok=True)
+            tags = {ref.name: ref.target_commit for ref in call_hub(self.api.list_repo_refs, self.repo_id).tags}
+            if tags.get(self.tag) != commit:
+                raise OSError(f"the tag '{self.tag}' is at the commit {tags.get(self.tag)}")
+        return commit
 
-def _card_of(target: _Target) -> list[str]:
-    return [CARD_FILE] if CARD_FILE in target.files else []
+    def command(self, **changes: bool) -> str:
+        """The command that makes this push."""
+        options = {name: getattr(self, name) for name in ("private", "revision", "tag", "commit_message", "overwrite")}
+        return push_command(self.folder, self.repo_id, **{**options, **changes})
 
-
-def _refuse_to_replace(target: _Target, revision: str | None, names: list[str]) -> None:
-    if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise FileExistsError(
-            f"'{target.repo_id}' holds other files at '{revision or DEFAULT_BRANCH}' that would be replaced or deleted "
-            f"({shown}): push to another repository or `--revision`, or add `--overwrite`."
+    def failure(self, error: Exception) -> OSError:
+        """What to say of a push that failed after it was planned."""
+        found = explain(error, self.repo_id) if isinstance(error, (HTTPError, RuntimeError, ValueError)) else error
+        kind = type(found) if isinstance(found, (ConnectionError, PermissionError)) else OSError
+        return kind(
+            f"The push to '{self.repo_id}' failed while {self.step}: {describe(found)}. The files are safe in "
+            f"'{self.folder}'; to finish, run `{self.command()}`."
         )
 
-
-def _create(api: HfApi, target: _Target, private: bool | None, revision: str | None) -> _Target:
-    """The target, created if it does not exist."""
-    if not target.exists:
-        call_hub(api.create_repo, target.repo_id, private=private, exist_ok=True)
-        target = _find_target(api, target.repo_id, private, revision)
-    if not target.branch_exists:
-        call_hub(api.create_branch, target.repo_id, branch=revision, revision=target.head, exist_ok=True)
-    return target
-
-
-def _commit(
-    api: HfApi,
-    target: _Target,
-    files: list[LocalFile],
-    changed: list[str],
-    stale: list[str],
-    revision: str | None,
-    message: str,
-) -> str:
-    by_name = {file.name: file for file in files}
-
-    def attempt() -> str:
+    def _check_card(self) -> None:
         try:
-            # Not `upload_folder`, which may make several commits: in between, the repository would hold half a model
-            return api.create_commit(
-                target.repo_id,
-                [
-                    *(CommitOperationDelete(name) for name in stale),
-                    *(CommitOperationAdd(name, by_name[name].content) for name in changed),
-                ],
-                commit_message=message,
-                revision=revision,
-                parent_commit=target.head,
+            call_hub(self.card.validate, repo_type="model")
+        except HUB_ERRORS as error:
+            raise explain(error, self.repo_id) from error
+        except ValueError as error:
+            raise ValueError(
+                f"The Hub does not take the metadata of '{self.folder / CARD_FILE}' ({describe(error)}): mend what stands "
+                "between its lines `---`."
+            ) from error
+
+    def _create(self) -> None:
+        """Creates the repository and the branch if they do not exist."""
+        if not self.target.exists:
+            self.step = "creating the repository"
+            call_hub(self.api.create_repo, self.repo_id, private=self.private, exist_ok=True)
+            # Somebody else may have been faster
+            self.plan()
+            if not self.target.exists:
+                raise OSError("the Hub does not show the repository that it has created")
+        if not self.target.branch_exists:
+            self.step = f"creating the branch '{self.target.branch}'"
+            branch, start = self.target.branch, self.target.head
+            call_hub(self.api.create_branch, self.repo_id, branch=branch, revision=start, exist_ok=True)
+
+    def _commit(self) -> str:
+        additions = [file.addition() for file in self.changed]
+        self.step = "uploading the files"
+        # Nothing that the repository's .gitignore says may leave a part of the model out
+        call_hub(
+            self.api.preupload_lfs_files,
+            self.repo_id,
+            additions,
+            revision=self.target.branch,
+            free_memory=False,
+            gitignore_content="",
+        )
+        for file in self.changed:
+            file.check_unchanged()
+        self.step = "committing the files"
+        return call_hub(self._commit_once, additions)
+
+    def _commit_once(self, additions: list[CommitOperationAdd]) -> str:
+        try:
+            # Not `upload_folder`, which may make several commits: in between, the branch would hold half a model
+            return self.api.create_commit(
+                self.repo_id,
+                [*(CommitOperationDelete(name) for name in self.stale), *additions],
+                commit_message=self.commit_message or f"Upload {self.folder.resolve().name} with gift_trl",
+                revision=self.target.branch,
+                parent_commit=self.target.head,
             ).oid
         except Exception as error:
-            # The commit may have been made and its answer lost
-            head = api.model_info(target.repo_id, revision=revision).sha
-            if head == target.head:
+            # The commit may have been made, now or before, and its answer lost
+            head = self.api.model_info(self.repo_id, revision=self.target.branch).sha
+            if head == self.target.head:
                 raise
-            remote = _remote_files(api, target.repo_id, head)
-            if differing_names(files, remote) or any(name in remote for name in stale):
-                raise OSError(f"somebody else has committed to '{target.repo_id}' meanwhile ({head})") from error
+            if self._differences(list_files(self.api, self.repo_id, head)):
+                raise OSError(
+                    f"somebody else has committed to the branch '{self.target.branch}' meanwhile ({head})"
+                ) from error
             return head
 
-    return call_hub(attempt)
+    def _differences(self, held: dict[str, RepoFile]) -> list[str]:
+        return [
+            *(file.name for file in self.files if not file.equals(held.get(file.name))),
+            *(name for name in self.stale if name in held),
+        ]
 
 
-def _verify(api: HfApi, repo_id: str, commit: str, files: list[LocalFile], stale: list[str]) -> None:
-    remote = _remote_files(api, repo_id, commit)
-    wrong = [*differing_names(files, remote), *(name for name in stale if name in remote)]
-    if wrong:
-        raise OSError(f"after the commit {commit}, the Hub and the folder differ in {', '.join(wrong)}")
-    for file in files:
-        file.check_unchanged()
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

@@ -59,7 +59,7 @@ def test_another_model_is_replaced_only_if_told(server, client, folder):
         lambda: client(push_folder, folder, "user/twice"),
         lambda: client(check_push_target, "user/twice"),
     ):
-        with pytest.raises(FileExistsError, match="or add `--overwrite`"):
+        with pytest.raises(FileExistsError, match="`--overwrite`"):
             refused()
     report = client(push_folder, folder, "user/twice", overwrite=True)
     assert (report.uploaded, report.deleted) == (["NOTICE"], ["chat_template.jinja"])
