@@ -20,7 +20,7 @@ from gift_trl.repositories import describe
 
 ADAPTER_CONFIG_FILE, CONFIG_FILE = "adapter_config.json", "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-# What loading reads beside the weights, and what tells about the model. `**/` is any folder.
+# What loading reads beside the weights, and what tells about the model
 _DESCRIPTIONS = (
     "*.json",
     "*.jinja",
@@ -47,6 +47,7 @@ _DOCUMENTS = (
     "NOTICE*",
 )
 _DOCUMENTS += ("*POLICY*", "COPYING*")
+_PLOTS = (KINSHIP_PLOT_FILE, SIGNAL_PLOT_FILE)
 _TEMPLATES = "additional_chat_templates/*.jinja"
 # What a trainer writes about its run, and to resume it
 _TRAINING = ("trainer_state.json", "*_results.json", "zero_to_fp32.py", "optimizer*", "scheduler*", "rng_state*")
@@ -149,7 +150,8 @@ def replaced_names(names: Iterable[str]) -> list[str]:
             Paths in the repository.
 
     Returns:
-        `list[str]`: Weights, and what loading reads. Documents, pictures and `.gitattributes` are not among them.
+        `list[str]`: Weights in any format, what loading reads, and the reports of a merge. Other pictures, documents and
+        `.gitattributes` are not among them.
     """
     return [
         name

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 from gift_trl.scripts.launch import launch, wants_launch
+from gift_trl.scripts.tokens import refuse_tokens
 
 
 # Listed here, so that `gift-trl --help` imports neither torch nor TRL
@@ -17,6 +18,7 @@ COMMANDS = {
     "train": "annotate if needed, train the adapter on the base model, merge it if asked (stages 1 to 3)",
     "merge": "add a trained adapter to the instruct model's checkpoint (stage 3)",
     "sweep": "find the scale of the update that is best on validation data, without writing checkpoints",
+    "push": "push a merged model or an adapter to the Hub, in one commit that is checked afterwards",
     "quickstart": "see the whole method at work on a tiny model pair, in minutes on a CPU",
     "lab": "the effect experiment on tiny pairs: every method over seeds, noise, learning rates and data sizes",
     "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",
@@ -55,6 +57,7 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None = No
     # TRL's own default raises it in every run, and nothing a recipe says can mend it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
+        refuse_tokens(sys.argv[1:] if argv is None else argv)
         command(argv)
     except (OSError, TypeError, ValueError) as error:
         if os.environ.get(_DEBUG):
