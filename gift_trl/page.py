@@ -2,10 +2,15 @@
 
 import base64
 import html
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from string import Template
 from typing import BinaryIO
+
+
+# Characters that join others into one sign, and have to stay where they are
+_JOINERS = "\u200c\u200d"
 
 
 def render_document(*, title: str, kicker: str, body: str, style: str = "", heading: str | None = None) -> str:
@@ -55,6 +60,26 @@ def embed_picture(draw: Callable[[BinaryIO, bool], None], alt: str) -> str:
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{html.escape(alt)}" src="{light}"></picture>'
     )
+
+
+def visible_text(text: str, marks: Mapping[str, str] = {"\n": "\n", "\t": "\t"}) -> str:
+    """
+    Makes characters without a shape of their own visible, which else hide, or turn the direction of what follows.
+
+    Args:
+        text (`str`):
+            The text.
+        marks (`Mapping[str, str]`, *optional*):
+            What stands for a character in place of its number. By default line breaks and tabs stay as they are.
+
+    Returns:
+        `str`: The text, still to be escaped.
+    """
+    return "".join(marks.get(c) or (f"⟨U+{ord(c):04X}⟩" if _has_no_shape(c) else c) for c in text)
+
+
+def _has_no_shape(character: str) -> bool:
+    return unicodedata.category(character)[0] == "C" and character not in _JOINERS
 
 
 def _data_url(draw: Callable[[BinaryIO, bool], None], *, dark: bool) -> str:

@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -15,7 +14,7 @@ from gift_trl.annotation.excerpts import RowExample, ShownToken, TokenInContext
 from gift_trl.annotation.provenance import Provenance
 from gift_trl.annotation.report_template import BODY, STYLE
 from gift_trl.annotation.summary import BANDS, SUSPICIOUS_MEAN, ConfidenceSummary
-from gift_trl.page import render_document
+from gift_trl.page import render_document, visible_text
 
 
 _BAND_NAMES = (f"q < {BANDS[0]}", f"q {BANDS[0]} to {BANDS[1]}", f"q > {BANDS[1]}")
@@ -26,8 +25,6 @@ _DARK = ((160, 78, 20), (40, 41, 44), (28, 92, 158))
 # Shades cannot tell 0.01 from 0.000001, so the latter have a shade of their own
 _VERY_LOW = 0.001
 _PLOT_HEIGHT = 170
-# Characters that join others into one sign, and have to stay where they are
-_JOINERS = "\u200c\u200d"
 
 
 def render_page(
@@ -289,12 +286,7 @@ def _render_token(token: ShownToken, following: Iterable[ShownToken | int], *, b
 
 def _visible(text: str, *, breaks: bool) -> str:
     """Text in which line breaks, tabs and characters without a shape of their own can be seen."""
-    marks = {"\n": "⏎\n", "\t": "⇥\t"} if breaks else {"\n": "⏎", "\t": "⇥"}
-    return "".join(marks.get(c) or (f"⟨U+{ord(c):04X}⟩" if _has_no_shape(c) else c) for c in text)
-
-
-def _has_no_shape(character: str) -> bool:
-    return unicodedata.category(character)[0] == "C" and character not in _JOINERS
+    return visible_text(text, {"\n": "⏎\n", "\t": "⇥\t"} if breaks else {"\n": "⏎", "\t": "⇥"})
 
 
 def _render_legend() -> str:

@@ -14,7 +14,7 @@ from gift_trl.scripts.tokens import refuse_tokens
 # Listed here, so that `gift-trl --help` imports neither torch nor TRL
 COMMANDS = {
     "annotate": "score every target token of a dataset with the instruct model (stage 1)",
-    "report": "look at annotated data: the distribution of the confidences, rows shaded by them, the lowest tokens",
+    "report": "look at results: models compared with intervals, pictures and examples; or at annotated data",
     "train": "annotate if needed, train the adapter on the base model, merge it if asked (stages 1 to 3)",
     "merge": "add a trained adapter to the instruct model's checkpoint (stage 3)",
     "sweep": "find the scale of the update that is best on validation data, without writing checkpoints",

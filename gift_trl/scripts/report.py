@@ -1,7 +1,8 @@
-"""`gift-trl report`: pages to look at what the other commands wrote."""
+"""`gift-trl report`: tables, pictures and pages to look at what the other commands wrote."""
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,17 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedTokenizerBase
 
+_EVALUATION = """\
+Writes a report about folders that `gift-trl evaluate` wrote: models x tasks with 95 % intervals and paired differences from
+the instruct model, what was gained against what was lost, pass@k, answers that did not end, examples, settings. It is a
+folder with report.html (one page that opens anywhere), report.md, results.csv and the pictures as PNG.
+"""
+_EVALUATION_EPILOG = """\
+example:
+  gift-trl report outputs/results --training outputs/adapter --output outputs/report
+
+`gift-trl report annotation DIR` makes a page about annotated data; `gift-trl report annotation --help` shows its options.
+"""
 _ANNOTATION = """\
 Writes one HTML page about a folder that `gift-trl annotate` wrote, which opens anywhere without a network: where the
 confidences come from, how they are distributed, rows from the least to the most confident with every target token shaded,
@@ -21,50 +33,103 @@ _ANNOTATION_EPILOG = """\
 example:
   gift-trl report annotation outputs/annotated --output outputs/annotated.html
 """
-_PAGE_FILE = "annotation_report.html"
+_REPORT_FOLDER, _PAGE_FILE = "evaluation_report", "annotation_report.html"
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Parser of the command."""
+    """Parser of the report on evaluations."""
     parser = argparse.ArgumentParser(
         prog=prog or "gift-trl report",
-        description="Makes a page from what another command wrote.",
-        epilog="example:\n  gift-trl report annotation outputs/annotated\n\n"
-        "`gift-trl report KIND --help` shows the options of a kind.",
+        description=_EVALUATION,
+        epilog=_EVALUATION_EPILOG,
         formatter_class=ExampleHelpFormatter,
     )
-    kinds = parser.add_subparsers(title="kinds of report", dest="kind", metavar="KIND", required=True)
-    annotation = kinds.add_parser(
-        "annotation",
-        help="how sure the instruct model is of an annotated dataset, and of which tokens",
+    parser.add_argument("results", metavar="RESULTS", nargs="+", help="folders that `gift-trl evaluate` wrote")
+    parser.add_argument(
+        "--training",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="output folders of trainings (or checkpoints), for where their loss came from",
+    )
+    parser.add_argument("--output", metavar="DIR", default=_REPORT_FOLDER, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="model to compare with (default: the one called `instruct`, else the baseline of the configuration)",
+    )
+    parser.add_argument(
+        "--retention",
+        metavar="TASK",
+        nargs="+",
+        default=[],
+        help="tasks that should not be lost, beside those whose `role` says so",
+    )
+    return parser
+
+
+def make_annotation_parser() -> argparse.ArgumentParser:
+    """Parser of the page about annotated data."""
+    parser = argparse.ArgumentParser(
+        prog="gift-trl report annotation",
         description=_ANNOTATION,
         epilog=_ANNOTATION_EPILOG,
         formatter_class=ExampleHelpFormatter,
     )
-    annotation.add_argument("folder", metavar="DIR", help="folder that `gift-trl annotate` wrote")
-    annotation.add_argument("--output", metavar="FILE", default=_PAGE_FILE, help="page to write")
-    annotation.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-    annotation.add_argument(
+    parser.add_argument("folder", metavar="DIR", help="folder that `gift-trl annotate` wrote")
+    parser.add_argument("--output", metavar="FILE", default=_PAGE_FILE, help="page to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser.add_argument(
         "--tokenizer",
         metavar="NAME",
         default=argparse.SUPPRESS,
         help="folder or Hub id of the tokenizer (default: the one in DIR, else the scoring model's)",
     )
-    annotation.add_argument(
+    parser.add_argument(
         "--split",
         metavar="NAME",
         action="append",
         default=argparse.SUPPRESS,
         help="split to report on; may be given several times (default: all)",
     )
-    annotation.set_defaults(run=_report_annotation)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
-    options = make_parser().parse_args(argv)
-    options.run(options)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["annotation"]:
+        _report_annotation(make_annotation_parser().parse_args(argv[1:]))
+    else:
+        _report_evaluation(make_parser().parse_args(argv))
+
+
+def _report_evaluation(options: argparse.Namespace) -> None:
+    for folder in options.results:
+        if not Path(folder).expanduser().is_dir():
+            raise FileNotFoundError(
+                f"There is no folder '{folder}': name one that `gift-trl evaluate` wrote, or `annotation` and a folder that "
+                "`gift-trl annotate` wrote."
+            )
+
+    from gift_trl.evaluation.report import write_evaluation_report
+    from gift_trl.evaluation.report_text import describe_findings, describe_warnings
+
+    comparison = write_evaluation_report(
+        options.results,
+        options.output,
+        training=options.training,
+        reference=getattr(options, "reference", None),
+        retention=options.retention,
+        overwrite=options.overwrite,
+    )
+    for warning in describe_warnings(comparison):
+        print(f"warning: {warning}", file=sys.stderr)
+    for finding in describe_findings(comparison):
+        print(finding)
+    print(f"Written to {os.path.relpath(options.output)}")
 
 
 def _report_annotation(options: argparse.Namespace) -> None:

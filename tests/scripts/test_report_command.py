@@ -92,11 +92,14 @@ def test_wrong_inputs(folder, tmp_path, monkeypatch, fails):
     assert files(folder) == before
 
 
-def test_kind_of_report_has_to_be_named(capsys):
+def test_help_of_both_reports(capsys):
     with pytest.raises(SystemExit) as status:
         report.main([])
     assert status.value.code == 2
-    assert "KIND" in capsys.readouterr().err
+    assert "RESULTS" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    assert "gift-trl report annotation DIR" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         report.main(["annotation", "--help"])
     text = capsys.readouterr().out
