@@ -5,6 +5,8 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tqdm.auto import tqdm
+
 from gift_trl.evaluation.comparison import Comparison
 from gift_trl.evaluation.results import GRADES_FILE, Generation, Grade, TaskResults, read_lines
 
@@ -91,7 +93,8 @@ def choose_examples(comparison: Comparison, count: int = NUM_EXAMPLES) -> list[E
     for model, task, problem, _ in chosen:
         for name in (model, comparison.reference):
             problems.setdefault((name, task), set()).add(problem)
-    attempts = {pair: _read_attempts(comparison.runs[pair], wanted) for pair, wanted in problems.items()}
+    bar = tqdm(problems.items(), desc="Reading examples", unit="run", delay=2)
+    attempts = {pair: _read_attempts(comparison.runs[pair], wanted) for pair, wanted in bar}
     examples = []
     for model, task, problem, ours in chosen:
         theirs = min if ours is max else max
