@@ -30,6 +30,8 @@ _STYLE = {
     "axes.axisbelow": True,
     "errorbar.capsize": 3,
     "legend.frameon": False,
+    # Names come from users, and a dollar in one is a dollar
+    "text.parse_math": False,
 }
 
 

@@ -143,6 +143,11 @@ def _read_attempts(run: TaskResults, problems: set[int]) -> dict[int, list[tuple
         grade = grades.get((generation.problem, generation.sample))
         if grade is not None:
             attempts.setdefault(generation.problem, []).append((grade, generation))
+    if missing := sorted(problems - attempts.keys()):
+        raise ValueError(
+            f"'{run.folder}' holds a grade of problem {missing[0]} but not what was graded: remove {GRADES_FILE} there and run "
+            "the evaluation again."
+        )
     return attempts
 
 

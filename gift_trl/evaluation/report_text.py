@@ -157,8 +157,12 @@ def _describe_truncation(comparison: Comparison) -> list[str]:
 
 
 def _describe_unlike_runs(comparison: Comparison) -> list[str]:
-    """Models that were not asked the same, or not as often."""
+    """Models that were not asked the same, not in the same way, or not as often."""
     warnings = []
+    for name in ("engine", "seeds"):
+        values = dict.fromkeys(str(part.config.get(name)) for part in comparison.results)
+        if len(values) > 1:
+            warnings.append(f"The folders have different {name.removesuffix('s')}s ({' and '.join(values)}).")
     for task in comparison.tasks:
         runs = {model: run for (model, name), run in comparison.runs.items() if name == task}
         samples = {model: run.summary.num_samples for model, run in runs.items()}

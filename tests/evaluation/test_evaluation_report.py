@@ -146,6 +146,8 @@ def test_folders_are_joined_and_names_have_to_mean_the_same(tmp_path):
     )
     with pytest.raises(ValueError, match="the model `merged`: `model` is 'org/merged' and 'org/x'"):
         compare_results([one, other])
+    other = write_results(tmp_path / "fourth", {("fourth", "sums"): solved(40, 30)}, seeds=[1])
+    assert "different seeds ([0] and [1])" in " ".join(describe_warnings(compare_results([one, other])))
     other = write_results(tmp_path / "seed", {("merged", "sums"): solved(40, 31)}, seeds=[1])
     with pytest.raises(ValueError, match="different results of the model `merged` on the task `sums`"):
         compare_results([one, other])
@@ -242,6 +244,14 @@ def test_examples_show_both_directions_by_a_rule_that_the_order_of_the_data_does
     assert {e.problem for e in examples if e.task == "sums"} - set(range(100, 105))
 
 
+def test_answers_that_are_gone_are_an_error(tmp_path):
+    scores = {("instruct", "sums"): solved(40, 20), ("merged", "sums"): solved(40, 21)}
+    folder = write_results(tmp_path / "results", scores)
+    (folder / "merged" / "sums" / "generations.jsonl").write_text("")
+    with pytest.raises(ValueError, match="a grade of problem 20 but not what was graded"):
+        choose_examples(compare_results([folder]))
+
+
 def test_one_direction_fills_what_the_other_lacks(tmp_path):
     scores = {("instruct", "sums"): solved(60, 20), ("merged", "sums"): solved(60, 50)}
     examples = choose_examples(compare_results([write_results(tmp_path / "up", scores)]))
@@ -282,6 +292,19 @@ def test_learning_signal_is_the_mean_over_steps(tmp_path):
     plain.write_text("[]")
     with pytest.raises(ValueError, match="is not the log of a training"):
         read_training_signals([plain])
+
+
+def test_learning_signal_in_the_report(folder, tmp_path):
+    # A name that would be a broken formula, and markup
+    training = tmp_path / "a $\\frac$ <b>"
+    training.mkdir()
+    (training / "trainer_state.json").write_text(json.dumps({"log_history": _log((10, 0.25, 0.25, 0.5))}))
+    write_evaluation_report([folder], tmp_path / "report", training=[training])
+    page = Page((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
+    assert f"{training.name}1025.025.050.0" in page.text and f"yours: {training.name}25.025.050.0" in page.text
+    assert "paper: plain cross-entropy79.7–6.9" in page.text
+    with Image.open(tmp_path / "report" / "learning_signal.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 100
 
 
 # The paper
