@@ -1,9 +1,11 @@
 """The arguments of a recipe: one YAML serves `gift-trl annotate` and `gift-trl train`."""
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -24,14 +26,32 @@ class GIFTScriptArguments(ScriptArguments):
         prompt_column (`str`, *optional*):
             Column with the user's question, for data that is not in one of TRL's formats yet. Together with
             `completion_column`, each row becomes a conversation in the instruct model's chat format.
+        prompt_template (`str`, *optional*):
+            The question as a text in which `{COLUMN}` is filled in, in place of `prompt_column`; `{{` and `}}` stand for
+            braces.
         completion_column (`str`, *optional*):
             Column with the reference answer.
+        completion_template (`str`, *optional*):
+            The answer as such a text, in place of `completion_column`.
+        completion_choices (`list[str]`, *optional*):
+            Texts that the numbers 0, 1, 2, ... in `completion_column` stand for, such as the letters of choices.
+        skip_empty_rows (`bool`, *optional*, defaults to `False`):
+            Whether to leave out rows that have no text in one of these columns, and say how many. Without it, the first
+            one is an error.
         system_prompt (`str`, *optional*):
             System message before every question.
         prompt_suffix (`str`, *optional*):
             Text put after every question.
+        chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Variables of the chat template, such as `{"enable_thinking": false}`. What the model is evaluated with should
+            be the same.
         max_samples (`int`, *optional*):
-            Number of training rows to use, from the start.
+            Number of training rows to use.
+        sample_seed (`int`, *optional*):
+            Seed with which they are drawn. Without it, they are the first ones.
+        global_batch_size (`int`, *optional*):
+            Rows of an optimizer step over all processes. Sets `gradient_accumulation_steps` to what is left of it after
+            processes and `per_device_train_batch_size`, so that a recipe has the same batch on any number of GPUs.
     """
 
     dataset_name: str | None = field(
@@ -46,24 +66,80 @@ class GIFTScriptArguments(ScriptArguments):
         default=None,
         metadata={"help": "Column with the user's question, for data that is not in one of TRL's formats yet."},
     )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "The question as a text in which {COLUMN} is filled in, in place of prompt_column."},
+    )
     completion_column: str | None = field(default=None, metadata={"help": "Column with the reference answer."})
+    completion_template: str | None = field(
+        default=None,
+        metadata={"help": "The answer as a text in which {COLUMN} is filled in, in place of completion_column."},
+    )
+    completion_choices: list[str] | None = field(
+        default=None,
+        metadata={"help": "Texts that the numbers 0, 1, 2, ... in completion_column stand for, such as A B C D."},
+    )
+    skip_empty_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without text in one of these columns, and say how many."},
+    )
     system_prompt: str | None = field(default=None, metadata={"help": "System message before every question."})
     prompt_suffix: str | None = field(default=None, metadata={"help": "Text put after every question."})
-    max_samples: int | None = field(default=None, metadata={"help": "Number of training rows to use, from the start."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables of the chat template, such as '{\"enable_thinking\": false}'."},
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Number of training rows to use."})
+    sample_seed: int | None = field(
+        default=None, metadata={"help": "Seed with which max_samples rows are drawn. They are the first ones without."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step over all processes: sets gradient_accumulation_steps, so that a recipe has "
+            "the same batch on any number of GPUs."
+        },
+    )
 
     def __post_init__(self):
-        if (self.prompt_column is None) != (self.completion_column is None):
+        for name in ("prompt", "completion"):
+            if getattr(self, f"{name}_column") and getattr(self, f"{name}_template"):
+                raise ValueError(f"`{name}_column` and `{name}_template` both say what the {name} is. Keep one.")
+        has_prompt, has_completion = (
+            bool(getattr(self, f"{name}_column") or getattr(self, f"{name}_template"))
+            for name in ("prompt", "completion")
+        )
+        if has_prompt != has_completion:
             raise ValueError(
-                "`prompt_column` and `completion_column` belong together: set both, or neither for data that already "
-                "has `messages`, `prompt` and `completion`, or `text`."
+                "`prompt_column` and `completion_column` (or the templates of the same names) belong together: set both, "
+                "or neither for data that already has `messages`, `prompt` and `completion`, or `text`."
             )
-        if self.prompt_column is None and (self.system_prompt or self.prompt_suffix):
+        if not has_prompt and (self.system_prompt or self.prompt_suffix or self.skip_empty_rows):
             raise ValueError(
-                "`system_prompt` and `prompt_suffix` are added to the question in `prompt_column`, which is not set. "
-                "Set `prompt_column` and `completion_column`, or put the text into the data."
+                "`system_prompt` and `prompt_suffix` are added to the question in `prompt_column`, and `skip_empty_rows` "
+                "looks there for one, but it is not set. Set `prompt_column` and `completion_column`, or put the text into "
+                "the data."
             )
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"`max_samples` is {self.max_samples}; it must be at least 1.")
+        if self.completion_choices is not None and self.completion_column is None:
+            raise ValueError("`completion_choices` says what numbers in `completion_column` mean, which is not set.")
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = _parse_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        for name in ("max_samples", "global_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if self.sample_seed is not None and self.max_samples is None:
+            raise ValueError("`sample_seed` draws `max_samples` rows, which is not set.")
+
+
+def _parse_mapping(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` is {text!r}, which is no JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f'`{name}` is {text!r}; write a JSON object, such as {{"name": 1}}.')
+    return value
 
 
 @dataclass
@@ -110,13 +186,14 @@ class MergeArguments:
 _SECTIONS = {
     "models": "model_name_or_path model_revision instruct_model_name_or_path instruct_model_revision "
     "instruct_model_init_kwargs dtype attn_implementation load_in_4bit",
-    "data": "dataset_name dataset_config dataset_train_split dataset_test_split prompt_column completion_column "
-    "system_prompt prompt_suffix max_samples max_length packing completion_only_loss assistant_only_loss",
+    "data": "dataset_name dataset_config dataset_train_split dataset_test_split prompt_column prompt_template "
+    "completion_column completion_template completion_choices skip_empty_rows system_prompt prompt_suffix "
+    "chat_template_kwargs max_samples sample_seed max_length packing completion_only_loss assistant_only_loss",
     "annotation": "annotator annotation_engine annotation_base_url annotation_tokens_per_batch annotation_cache_dir",
     "GIFT": "confidence_exponent confidence_floor eos_confidence weight_normalization",
     "adapter": "use_peft lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
     "training": "output_dir learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps "
-    "per_device_train_batch_size gradient_accumulation_steps bf16 gradient_checkpointing eval_strategy save_strategy "
+    "per_device_train_batch_size gradient_accumulation_steps global_batch_size bf16 gradient_checkpointing eval_strategy save_strategy "
     "logging_steps seed use_cpu deepspeed resume_from_checkpoint push_to_hub",
     "merge": "merge_output_dir merge_scale merge_overwrite merge_saved_modules",
 }

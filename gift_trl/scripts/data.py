@@ -2,19 +2,18 @@
 
 import dataclasses
 import os
-from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils.hub import extract_commit_hash
 from trl import DatasetMixtureConfig, get_dataset
-from trl.data_utils import get_dataset_column_names
 
 from gift_trl.annotation import load_annotated_dataset
 from gift_trl.annotation.hub import download_provenance
 from gift_trl.annotation.storage import PROVENANCE_FILE, attach_provenance
 from gift_trl.data_files import load_local_data
 from gift_trl.scripts.arguments import GIFTScriptArguments
+from gift_trl.scripts.columns import map_columns
 
 
 def load_recipe_datasets(
@@ -68,9 +67,11 @@ def load_recipe_datasets(
         _require_split(loaded, test_split, "dataset_test_split` (or `test_split_size`, or `eval_strategy: no")
     train = loaded[train_split]
     if script_args.max_samples is not None:
+        if script_args.sample_seed is not None:
+            train = train.shuffle(seed=script_args.sample_seed)
         train = train.take(script_args.max_samples)
-    test = _map_columns(loaded[test_split], script_args, kept_columns) if evaluate else None
-    return _map_columns(train, script_args, kept_columns), test
+    test = map_columns(loaded[test_split], script_args, kept_columns) if evaluate else None
+    return map_columns(train, script_args, kept_columns), test
 
 
 def _load(script_args: GIFTScriptArguments, streaming: bool) -> DatasetDict | IterableDatasetDict:
@@ -94,36 +95,3 @@ def _load(script_args: GIFTScriptArguments, streaming: bool) -> DatasetDict | It
 def _require_split(loaded: DatasetDict | IterableDatasetDict, split: str, remedy: str) -> None:
     if split not in loaded:
         raise ValueError(f"The data has the splits {sorted(loaded)}, and no split `{split}`. Set `{remedy}`.")
-
-
-def _map_columns(
-    dataset: Dataset | IterableDataset, script_args: GIFTScriptArguments, kept_columns: tuple[str, ...]
-) -> Dataset | IterableDataset:
-    columns = get_dataset_column_names(dataset)
-    if script_args.prompt_column is None or "input_ids" in columns:
-        return dataset
-    missing = [c for c in (script_args.prompt_column, script_args.completion_column) if c not in columns]
-    if missing:
-        raise ValueError(
-            f"The data has the columns {sorted(columns)}, and no column {' or '.join(f'`{c}`' for c in missing)}. Set "
-            "`prompt_column` and `completion_column` to the question and the answer."
-        )
-    system = [{"role": "system", "content": script_args.system_prompt}] if script_args.system_prompt else []
-    suffix = script_args.prompt_suffix or ""
-
-    def to_conversation(row: dict[str, Any], index: int) -> dict[str, Any]:
-        question, answer = row[script_args.prompt_column], row[script_args.completion_column]
-        for column, text in ((script_args.prompt_column, question), (script_args.completion_column, answer)):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"Row {index} of the data has no text in the column `{column}` (it holds {text!r}). Fill or "
-                    "remove the row."
-                )
-        return {
-            "prompt": [*system, {"role": "user", "content": question + suffix}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
-
-    removed = [name for name in columns if name not in kept_columns]
-    options = {} if isinstance(dataset, IterableDataset) else {"desc": "Mapping columns"}
-    return dataset.map(to_conversation, with_indices=True, remove_columns=removed, **options)

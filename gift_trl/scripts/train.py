@@ -61,6 +61,7 @@ def train(
     from gift_trl.training import GIFTSFTTrainer
 
     resume = _check_recipe(training_args, model_args, merge_args)
+    set_accumulation_steps(script_args, training_args)
     training_args.model_init_kwargs = base_model_init_kwargs(model_args, training_args)
     evaluate = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_recipe_datasets(
@@ -96,6 +97,42 @@ def train(
             print(report.summary())
         trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def set_accumulation_steps(script_args: "GIFTScriptArguments", training_args: "GIFTConfig") -> None:
+    """
+    Sets `gradient_accumulation_steps` so that all processes together make steps of `global_batch_size` rows.
+
+    Args:
+        script_args ([`GIFTScriptArguments`]):
+            Its `global_batch_size` is the number of rows; without one, nothing is set.
+        training_args ([`GIFTConfig`]):
+            The training, whose accumulation steps are set.
+
+    Raises:
+        `ValueError`: If no number of steps gives this number of rows, or another one is set already.
+    """
+    rows = script_args.global_batch_size
+    if rows is None:
+        return
+    processes, at_once = training_args.world_size, training_args.train_batch_size
+    if rows % (processes * at_once):
+        raise ValueError(
+            f"`global_batch_size` is {rows}, which {processes} processes × {at_once} rows (`per_device_train_batch_size`) do "
+            "not divide. Change one of the three."
+        )
+    steps, given = rows // (processes * at_once), training_args.gradient_accumulation_steps
+    if given not in (1, steps):
+        raise ValueError(
+            f"`gradient_accumulation_steps` is {given}, and `global_batch_size: {rows}` needs {steps} ({processes} processes × "
+            f"{at_once} rows × {steps} steps). Unset one of the two (`--global_batch_size none`)."
+        )
+    if training_args.deepspeed is not None and given != steps:
+        raise ValueError(
+            "`deepspeed` names a configuration that has been filled in already. Set `gradient_accumulation_steps` to "
+            f"{steps}, or launch with `--accelerate_config zero2` in its place."
+        )
+    training_args.gradient_accumulation_steps = steps
 
 
 def base_model_init_kwargs(model_args: "ModelConfig", training_args: "GIFTConfig") -> dict[str, Any]:

@@ -34,7 +34,7 @@ def no_weights(monkeypatch):
         ({"dataset_name": None}, "The recipe names no data: set `dataset_name`"),
         ({"dataset_name": "missing.jsonl"}, "There is no file `missing.jsonl`"),
         ({"prompt_column": "problem"}, "no column `problem`. Set `prompt_column`"),
-        ({"completion_column": None}, "`prompt_column` and `completion_column` belong together"),
+        ({"completion_column": None}, "`prompt_column` and `completion_column` (or the templates"),
         ({"eval_strategy": "epoch"}, "no split `test`. Set `dataset_test_split` (or `test_split_size`"),
         ({"dataset_train_split": "trian"}, "The data has the splits ['train'], and no split `trian`"),
         ({"resume_from_checkpoint": True}, "holds no checkpoint"),
