@@ -92,3 +92,23 @@ def stack_bands(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[floa
     axes.set_xlim(0, 100)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
+
+
+def plot_bands(axes: Axes, steps: Sequence[float], shares: Sequence[Sequence[float]]) -> None:
+    """
+    Draws shares by confidence band as they change over a training.
+
+    Args:
+        axes ([`~matplotlib.axes.Axes`]):
+            Axes to draw on.
+        steps (`Sequence[float]`):
+            Optimizer steps.
+        shares (`Sequence[Sequence[float]]`):
+            Of each band, from low to high confidence, its share in percent at each step.
+    """
+    if len(steps) == 1:  # an area needs two
+        steps, shares = [steps[0] - 0.5, steps[0] + 0.5], [[band[0]] * 2 for band in shares]
+        axes.set_xticks([sum(steps) / 2])
+    axes.stackplot(steps, shares, labels=BAND_NAMES, colors=_BAND_COLORS)
+    axes.set_xlim(steps[0], steps[-1])
+    axes.set_ylim(0, 100)

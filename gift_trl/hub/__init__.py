@@ -4,17 +4,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
-__all__ = ["PushReport", "check_push_target", "push_command", "push_folder"]
+__all__ = [
+    "EvaluationResult",
+    "PushReport",
+    "check_push_target",
+    "push_command",
+    "push_folder",
+    "write_merged_card",
+]
 
 # Resolved on first use: `gift-trl push` needs neither torch nor transformers
 _MODULES = {
+    "EvaluationResult": "gift_trl.hub.card",
     "PushReport": "gift_trl.hub.push",
     "check_push_target": "gift_trl.hub.target",
     "push_command": "gift_trl.hub.push",
     "push_folder": "gift_trl.hub.push",
+    "write_merged_card": "gift_trl.hub.card",
 }
 
 if TYPE_CHECKING:
+    from gift_trl.hub.card import EvaluationResult, write_merged_card
     from gift_trl.hub.push import PushReport, push_command, push_folder
     from gift_trl.hub.target import check_push_target
 

@@ -215,6 +215,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"The merged checkpoint in '{report.output_dir}' is not what it should be: {' '.join(problems)}"
             )
+    from gift_trl.hub import write_merged_card
+
+    write_merged_card(report.output_dir)
 
 
 def recipe_of(arguments: MergeScriptArguments) -> "MergeRecipe":

@@ -10,7 +10,8 @@ _DESCRIPTION = """\
 Pushes a merged model or an adapter to a model repository on the Hub, in one commit, and then compares names, sizes and
 hashes there with the folder. What speaks against it is said before anything is uploaded: the login, the name, files that
 would be replaced, an incomplete model, a card that the Hub does not take. Requests are repeated where that helps; after a
-failure, the same command sends only what is missing. The token is that of `hf auth login` or HF_TOKEN, never an option.
+failure, the same command sends only what is missing. A merged model that has no card gets one. The token is that of
+`hf auth login` or HF_TOKEN, never an option.
 
 Pushed are safetensors, what loading reads beside them, documents, licences and pictures; not pushed are hidden files,
 pickles, other formats, and what a trainer keeps of its run. Without --overwrite, files are only added. With it, files are
@@ -73,7 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
 
     from gift_trl.hub import push_command, push_folder
+    from gift_trl.hub.card import complete_merged_card
+    from gift_trl.repositories import check_repository
 
+    if "/" not in options["repo_id"]:  # the card names the model with its namespace
+        options["repo_id"], _ = check_repository(options["repo_id"], private=options.get("private"))
+    complete_merged_card(options["folder"], options["repo_id"], options.get("revision"))
     try:
         print(push_folder(**options).summary())
     except KeyboardInterrupt:
