@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint package clean
+.PHONY: quickstart test lint types package clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gift-trl quickstart
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
 
 # The wheel and the sdist, and the wheel tried in an empty environment
 package: $(VENV)/.installed-dev

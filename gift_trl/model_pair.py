@@ -133,8 +133,9 @@ def _shape_differences(config: PreTrainedConfig, other_config: PreTrainedConfig)
     shapes = []
     for c in (config, other_config):
         # The class itself: `from_config` would shard the parameters under DeepSpeed ZeRO-3
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(c)]
         with torch.device("meta"):
-            skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(c)](copy.deepcopy(c))
+            skeleton = model_class(copy.deepcopy(c))
         shapes.append({name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()})
     names = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
     return [f"{name} (shape {shapes[0].get(name)} against {shapes[1].get(name)})" for name in sorted(names)[:3]]
@@ -206,7 +207,7 @@ def end_of_turn_token_ids(
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if isinstance(model, str):
         try:
-            stop = GenerationConfig.from_pretrained(model, revision=kwargs.get("revision")).eos_token_id
+            stop = GenerationConfig.from_pretrained(model, revision=kwargs.get("revision") or "main").eos_token_id
         except OSError:  # a checkpoint need not have one
             stop = load_config(model, **kwargs).get_text_config().eos_token_id
     else:

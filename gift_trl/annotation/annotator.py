@@ -91,7 +91,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
             args = _default_arguments()
         self._args = args
         self._formatting_func = formatting_func
-        self._model = instruct_model
+        self._model: Any = instruct_model
         self._load_kwargs = dict(model_init_kwargs or {})
         revision = self._load_kwargs.setdefault("revision", revision)
         self._config_kwargs = {
@@ -113,7 +113,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         self._end_of_turn_token_ids = end_of_turn_token_ids(
             self.processing_class, instruct_model, **self._config_kwargs
         )
-        self._loaded: tuple[PreTrainedModel, Any] | None = None
+        self._loaded: Any = None  # the model, and what runs its forward pass if not the model itself
 
     def _identify(self) -> list[str | None] | None:
         """What identifies the model: its commit, or the content of its folder; nothing does a loaded one."""
@@ -291,7 +291,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         plan = next((plan for plan in _gather(cache.read_plan()) if plan is not None), None)
         if scored.all() and plan is not None:  # killed after its last part
             return plan
-        options = {"scored": scored, "description": f"Scoring {dataset_name} dataset"}
+        options: dict[str, Any] = {"scored": scored, "description": f"Scoring {dataset_name} dataset"}
         shortest = read_rows(rows, np.argsort(statistics.lengths, kind="stable")[:2].tolist(), names)
         longest = read_rows(rows, [int(statistics.lengths.argmax())], names)
         together(lambda: self._prepare_scoring(cache, statistics, scored, names, [*longest, *shortest]))

@@ -133,8 +133,9 @@ class AnnotationCache:
                 Probabilities of the target tokens of each.
         """
         lengths = np.array([len(q) for q in confidences], dtype=np.int64)
-        arrays = {"rows": np.array(rows, dtype=np.int64), "lengths": lengths, "q": np.concatenate(confidences)}
-        self._write(_PART.format(secrets.token_hex(8)), lambda file: np.savez(file, **arrays))
+        positions, q = np.array(rows, dtype=np.int64), np.concatenate(confidences)
+        name = _PART.format(secrets.token_hex(8))
+        self._write(name, lambda file: np.savez(file, rows=positions, lengths=lengths, q=q))
 
     def file_names(self) -> set[str]:
         """Names of the finished files in this folder: the parts, or what has taken their place."""
@@ -146,6 +147,7 @@ class AnnotationCache:
         """Content of a file, to be sent to a process that does not see this folder; `None` if it has gone."""
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / name).read_bytes()
+        return None
 
     def copy_file(self, name: str, content: bytes) -> None:
         """Writes a file that another process has sent."""

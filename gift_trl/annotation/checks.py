@@ -55,7 +55,7 @@ def check_token_ids(statistics: RowStatistics, size: int, processing_class: PreT
             "The data was tokenised for another model: use the instruct model's tokenizer."
         )
     bos = processing_class.bos_token_id
-    doubled = np.flatnonzero((statistics.starts == bos).all(axis=1)) if bos is not None else ()
+    doubled = np.flatnonzero((statistics.starts == bos).all(axis=1)) if bos is not None else np.array([])
     if len(doubled):
         raise ValueError(
             f"{len(doubled)} rows begin with two {processing_class.bos_token!r} tokens, the first being row "

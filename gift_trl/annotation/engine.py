@@ -170,13 +170,16 @@ def score_rows(
 def _write_parts(
     results: Iterator[tuple[Row, np.ndarray]], cache: AnnotationCache, advance: Callable[[int], Any]
 ) -> list[int]:
-    rows, confidences, broken = [], [], []
+    rows: list[int] = []
+    confidences: list[np.ndarray] = []
+    broken: list[int] = []
     written = time.monotonic()
 
     def write() -> None:
         if rows:
             cache.write_part(rows, confidences)
-            rows.clear(), confidences.clear()
+            rows.clear()
+            confidences.clear()
 
     try:
         for row, q in results:

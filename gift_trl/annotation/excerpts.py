@@ -112,7 +112,8 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
     """
 
     def decode(start: int, stop: int) -> str:
-        return tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        part = list(ids[start:stop])
+        return str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     texts: list[str] = []
     # The group before is decoded along, since some tokenizers strip the space before the first token of a text

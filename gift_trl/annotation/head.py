@@ -40,7 +40,7 @@ def add_scoring_head(model: PreTrainedModel) -> None:
     buffers: dict[str, torch.Tensor] = {}
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return original_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state

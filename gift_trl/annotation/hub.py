@@ -4,6 +4,7 @@ import os
 import shlex
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
@@ -20,7 +21,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import DatasetInfo
 
 from gift_trl.annotation.provenance import Provenance
 from gift_trl.annotation.storage import PROVENANCE_FILE, TOKENIZER_FOLDER, read_provenance_file
@@ -133,7 +133,7 @@ def download_provenance(repo_id: str, revision: str | None = None) -> dict[str, 
         `FileNotFoundError`: If it is not in the cache and the Hub cannot be asked.
         `ValueError`: If this version cannot read it.
     """
-    where = {"repo_id": repo_id, "filename": PROVENANCE_FILE, "repo_type": "dataset", "revision": revision}
+    where: Any = {"repo_id": repo_id, "filename": PROVENANCE_FILE, "repo_type": "dataset", "revision": revision}
     try:
         return read_provenance_file(hf_hub_download(**where))
     except LocalEntryNotFoundError as error:
@@ -147,7 +147,7 @@ def download_provenance(repo_id: str, revision: str | None = None) -> dict[str, 
         return None
 
 
-def _check_content(remote: DatasetInfo) -> None:
+def _check_content(remote: Any) -> None:
     names = [file.rfilename for file in remote.siblings or ()]
     replaced = [name for name in names if _is_replaced(name)]
     if replaced and PROVENANCE_FILE not in names:

@@ -39,7 +39,8 @@ def check_scoring_model(instruct_model: str | PreTrainedModel, **kwargs: Any) ->
     """
     config = load_config(instruct_model, **kwargs)
     if isinstance(instruct_model, str):
-        architecture = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)])[0]
+        architectures: list[Any] = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+        architecture = architectures[0]
     else:
         architecture = type(unwrap_model(instruct_model)).__name__
     # Models that read images generate text too, and remote code has names of its own

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from string import Template
+from typing import Any
 
 import numpy as np
 
@@ -110,8 +111,8 @@ def _render_provenances(provenances: Mapping[str, Sequence[Provenance]]) -> str:
     unknown = [split for split, several in provenances.items() if not several]
     parts = [_render_provenance(provenance, names) for provenance, names in alike.values()]
     if unknown:
-        names = html.escape(", ".join(unknown))
-        parts.append(f'<p class="note">{names}: no provenance, so nothing says what scored these tokens.</p>')
+        them = html.escape(", ".join(unknown))
+        parts.append(f'<p class="note">{them}: no provenance, so nothing says what scored these tokens.</p>')
     return "".join(parts)
 
 
@@ -255,7 +256,8 @@ def _render_lowest(shown: TokenInContext) -> str:
 def _render_parts(parts: Sequence[ShownToken | int], *, breaks: bool) -> str:
     """Target tokens one by one; the others, and what is left out, in one piece each."""
     rendered = []
-    for kind, group in groupby(enumerate(parts), key=lambda entry: _kind(entry[1])):
+    entries: Iterable[tuple[int, Any]] = enumerate(parts)
+    for kind, group in groupby(entries, key=lambda entry: _kind(entry[1])):
         if kind == "target":
             rendered += [_render_token(token, parts[i + 1 :], breaks=breaks) for i, token in group]
         elif kind == "prompt":
@@ -277,6 +279,7 @@ def _render_token(token: ShownToken, following: Iterable[ShownToken | int], *, b
     if not token.text:
         whole = next((part.text for part in following if not isinstance(part, int) and part.text), "")
         says = f"part of “{_visible(whole, breaks=False)}”"
+    assert token.confidence is not None  # only targets are shaded
     low = " very-low" if token.confidence < _VERY_LOW else ""
     part = "" if token.text else " part"
     shade = min(_SHADES - 1, int(token.confidence * _SHADES))

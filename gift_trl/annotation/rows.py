@@ -68,8 +68,14 @@ class RowStatistics:
 
     def select(self, rows: np.ndarray) -> "RowStatistics":
         """The statistics of some of the rows; the digest stays that of all."""
-        arrays = (self.lengths, self.targets, self.largest_ids, self.starts, self.relabelled)
-        return RowStatistics(*(array[rows] for array in arrays), self.digest)
+        return RowStatistics(
+            lengths=self.lengths[rows],
+            targets=self.targets[rows],
+            largest_ids=self.largest_ids[rows],
+            starts=self.starts[rows],
+            relabelled=self.relabelled[rows],
+            digest=self.digest,
+        )
 
 
 def measure_rows(dataset: Dataset) -> RowStatistics:
@@ -116,7 +122,12 @@ def measure_rows(dataset: Dataset) -> RowStatistics:
         for part in (np.diff(offsets), ids, targeted):
             digest.update(np.ascontiguousarray(part).tobytes())
     return RowStatistics(
-        *(np.concatenate(parts) for parts in (lengths, targets, largest, starts, relabelled)), digest.hexdigest()
+        lengths=np.concatenate(lengths),
+        targets=np.concatenate(targets),
+        largest_ids=np.concatenate(largest),
+        starts=np.concatenate(starts),
+        relabelled=np.concatenate(relabelled),
+        digest=digest.hexdigest(),
     )
 
 

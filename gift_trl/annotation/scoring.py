@@ -126,7 +126,8 @@ class ModelScorer:
         return [q[i, row.targets - 1] for i, row in enumerate(batch)]
 
     def _forward(self, **inputs: Any) -> Any:
-        device = self.model.get_input_embeddings().weight.device
+        embedding: Any = self.model.get_input_embeddings()
+        device = embedding.weight.device
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
         return self._run(**inputs)
 
@@ -162,7 +163,7 @@ def scorer_of(model: PreTrainedModel, run: Any = None) -> Iterator[ModelScorer]:
             target.forward = own_forward
 
 
-def unwrap_model(model: PreTrainedModel) -> PreTrainedModel:
+def unwrap_model(model: Any) -> PreTrainedModel:
     """The model itself, under the adapters it may be wrapped with."""
     return model.get_base_model() if is_peft_model(model) else model
 

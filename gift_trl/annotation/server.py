@@ -219,7 +219,15 @@ class ServerScorer:
         return _read_logprobs(answer, row)
 
     def _request(
-        self, method: str, path: str, failed: str, remedy: str, timeout: float, retries: int, body=None, stopped=None
+        self,
+        method: str,
+        path: str,
+        failed: str,
+        remedy: str,
+        timeout: float,
+        retries: int,
+        body: dict[str, Any] | None = None,
+        stopped: threading.Event | None = None,
     ) -> Any:
         """Decoded JSON answer. `failed` begins the message of an error and `remedy` ends it."""
         stopped, pause = stopped or threading.Event(), 0.0

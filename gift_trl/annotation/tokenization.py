@@ -126,7 +126,7 @@ def tokenize_dataset(
         )
     sft_args = copy.copy(args)
     sft_args.max_length, sft_args.shuffle_dataset = None, False
-    preparation = _SFTPreparation(processing_class, chat_template, completion_only_loss)
+    preparation: Any = _SFTPreparation(processing_class, chat_template, completion_only_loss)
     return SFTTrainer._prepare_dataset(
         preparation, dataset, processing_class, sft_args, False, formatting_func, dataset_name
     )

@@ -193,7 +193,7 @@ def make_target_examples(
     if mix not in MIXES:
         raise ValueError(f"Unknown mix {mix!r}: choose one of {', '.join(MIXES)}.")
     recipe, rng, excluded = MIXES[mix], corpus_rng("target", seed), set(held_out)
-    rows = []
+    rows: list[dict[str, list[dict[str, str]]]] = []
     while len(rows) < num_examples:
         problem = make_target_problem(rng)
         if rng.random() < recipe.canonical_share:

@@ -92,7 +92,7 @@ def pick_example(annotated: Dataset, mix: str, tokenizer: PreTrainedTokenizerBas
     counts = torch.stack([(targets * band).sum(1) for band in _bands(confidences)])
     row = annotated[int(counts.min(0).values.argmax())]
     tokens = [
-        (tokenizer.convert_ids_to_tokens(token_id), confidence)
+        (str(tokenizer.convert_ids_to_tokens(token_id)), confidence)
         for token_id, label, confidence in zip(row["input_ids"], row["labels"], row["confidences"], strict=True)
         if label != -100
     ]

@@ -172,7 +172,8 @@ def _pretrain(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed_tokens" not in name else others).append(parameter)
     # Muon learns this task several times faster than AdamW alone, which is what makes minutes on a CPU enough.

@@ -9,8 +9,9 @@ from accelerate import ParallelismConfig
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
@@ -115,8 +116,8 @@ def check_supported(
         raise ValueError(f"`truncation_mode` is {args.truncation_mode!r}; choose 'keep_start'.")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError(
-            f"`eval_strategy` is '{args.eval_strategy.value}', but there is no `eval_dataset`. Pass one, or set "
-            "`eval_strategy` to 'no'."
+            f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset`. Pass "
+            "one, or set `eval_strategy` to 'no'."
         )
     targets = getattr(peft_config, "target_modules", None)
     if not isinstance(targets, str) and any(t.rpartition(".")[2] == "lm_head" for t in targets or ()):
@@ -126,8 +127,8 @@ def check_supported(
         )
     if peft_config is not None and peft_config.is_prompt_learning:
         raise ValueError(
-            f"`{peft_config.peft_type.value}` adds virtual tokens and changes no weight, so it cannot be merged into the "
-            "instruct model. Use a LoRA configuration."
+            f"`{PeftType(peft_config.peft_type).value}` adds virtual tokens and changes no weight, so it cannot be "
+            "merged into the instruct model. Use a LoRA configuration."
         )
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
@@ -149,16 +150,14 @@ def choose_instruct_model(
 
 
 def choose_processing_class(
-    model: "str | PreTrainedModel | PeftModel",
+    model: Any,
     instruct_model: str | PreTrainedModel | None,
     args: GIFTConfig,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the run, by default the instruct model's; refuses models that do not fit together."""
-    base_kwargs = {
-        "revision": (args.model_init_kwargs or {}).get("revision"),
-        "trust_remote_code": args.trust_remote_code,
-    }
+    init_kwargs: Any = args.model_init_kwargs or {}
+    base_kwargs = {"revision": init_kwargs.get("revision"), "trust_remote_code": args.trust_remote_code}
     if instruct_model is None:
         return load_tokenizer(model, **base_kwargs) if processing_class is None else processing_class
     instruct_kwargs = {"revision": args.instruct_model_revision, "trust_remote_code": args.trust_remote_code}
@@ -212,12 +211,16 @@ def check_annotation(
             "`gift-trl annotate` and given as `dataset_name`, carry it."
         )
     for provenance in provenances:
-        run = {"assistant_only_loss": args.assistant_only_loss, "completion_only_loss": args.completion_only_loss}
+        run: dict[str, Any] = {
+            "assistant_only_loss": args.assistant_only_loss,
+            "completion_only_loss": args.completion_only_loss,
+        }
         if processing_class is not None:
             run["vocabulary"] = hash_vocabulary(processing_class)
         if annotator is not None:
-            tokenizer = prepare_processing_class(processing_class, args)
-            run["chat_template"] = hash_chat_template(tokenizer.chat_template)
+            if processing_class is not None:
+                tokenizer = prepare_processing_class(processing_class, args)
+                run["chat_template"] = hash_chat_template(tokenizer.chat_template)
             commit = identify_commit(annotator, revision)
             # The same commit is the same weights; to compare two commits, or a commit and a copy, the weights are needed
             if commit is None or commit != provenance.commit:
@@ -235,9 +238,10 @@ def check_annotation(
                 f"{'; '.join(differing)}. Annotate the original dataset again with this run's instruct model, tokenizer "
                 "and settings, or give the run those of the annotation."
             )
-        if provenance.truncated and provenance.max_length < (args.max_length or float("inf")):
+        cut_at = provenance.max_length
+        if provenance.truncated and cut_at is not None and cut_at < (args.max_length or float("inf")):
             logger.warning(
-                f"{provenance.truncated} rows of the {dataset_name} dataset were cut to {provenance.max_length} tokens "
+                f"{provenance.truncated} rows of the {dataset_name} dataset were cut to {cut_at} tokens "
                 f"when they were annotated, and this run allows {args.max_length}. Annotate with this run's `max_length` "
                 "to train on the whole rows."
             )

@@ -106,16 +106,21 @@ class ConfidenceSource:
         Returns:
             `torch.Tensor` of shape `(batch, seq_len)`, float32: Confidences, aligned with the labels.
         """
+        if self._online is None:
+            raise RuntimeError(
+                "No model scores batches before `training_starts`, or with `confidence_source='offline'`."
+            )
         return self._online.score(inputs)
 
-    def _scoring_model(self) -> "tuple[str | PreTrainedModel | PeftModel | None, str | None]":
+    def _scoring_model(self) -> tuple[Any, str | None]:
         if self._args.annotator == "base":
-            return self._base_model, (self._args.model_init_kwargs or {}).get("revision")
+            init_kwargs: Any = self._args.model_init_kwargs or {}
+            return self._base_model, init_kwargs.get("revision")
         return self._instruct_model, self._args.instruct_model_revision
 
     def _load_kwargs(self) -> dict[str, Any]:
         args = self._args
-        own = args.model_init_kwargs if args.annotator == "base" else args.instruct_model_init_kwargs
+        own: Any = args.model_init_kwargs if args.annotator == "base" else args.instruct_model_init_kwargs
         return {"trust_remote_code": args.trust_remote_code, **(own or {})}
 
     def annotate(
@@ -151,7 +156,8 @@ class ConfidenceSource:
                         name,
                     )
                 elif dataset is not None:
-                    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+                    dataset_kwargs: Any = args.dataset_kwargs or {}
+                    if dataset_kwargs.get("skip_prepare_dataset"):
                         raise ValueError(
                             f"`skip_prepare_dataset` is set, but the {name} dataset has no `confidences`. Annotate it "
                             "with `annotate_dataset` first, or let the trainer prepare it."
@@ -173,15 +179,15 @@ class ConfidenceSource:
 
     def _annotator(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: Any,
         revision: str | None,
         dataset_name: str,
         stack: contextlib.ExitStack,
     ) -> Annotator:
         args = self._args
-        kwargs = {}
+        init_kwargs = None
         if isinstance(model, str):
-            kwargs["model_init_kwargs"] = self._load_kwargs()
+            init_kwargs = self._load_kwargs()
         elif self._trained_model is not None and model is self._base_model:
             # PEFT put its layers into the very object that was given
             model = self._trained_model
@@ -198,7 +204,7 @@ class ConfidenceSource:
             self._processing_class,
             args=args,
             revision=revision,
+            model_init_kwargs=init_kwargs,
             formatting_func=self._formatting_func,
             **args.annotation_options(),
-            **kwargs,
         )

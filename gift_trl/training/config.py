@@ -205,7 +205,7 @@ class GIFTConfig(SFTConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("confidence_exponent", "confidence_floor", "eos_confidence"):
             value = getattr(self, name)

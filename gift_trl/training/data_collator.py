@@ -54,6 +54,6 @@ class DataCollatorForGIFT(DataCollatorForLanguageModeling):
                     "again with `annotate_dataset`."
                 )
         output["confidences"] = pad(
-            confidences, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
+            confidences, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
         )
         return output

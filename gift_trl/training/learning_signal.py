@@ -30,7 +30,7 @@ class LearningSignal:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._metrics: dict[str, dict[str, float]] = {}
 
@@ -155,7 +155,7 @@ def real_rows(inputs: Mapping[str, torch.Tensor], accelerator: Accelerator) -> t
     labels = inputs["labels"]
     if "attention_mask" not in inputs and "position_ids" in inputs:  # padding-free: rows follow each other in one
         rows = (inputs["position_ids"] == 0).cumsum(dim=1) - 1
-        count = rows[:, -1:] + 1
+        count: torch.Tensor | int = rows[:, -1:] + 1
     else:
         rows = torch.arange(len(labels), device=labels.device)[:, None]
         count = len(labels)

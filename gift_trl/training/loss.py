@@ -13,7 +13,7 @@ def weighted_loss(
     weights: torch.Tensor,
     *,
     normalization: str = "weights",
-    denominator: torch.Tensor | None = None,
+    denominator: torch.Tensor | int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Confidence-weighted cross-entropy of one forward pass: `Σ_t w_t · ℓ_t / denominator` with `ℓ_t = −log p(y_t)`, the
@@ -28,7 +28,7 @@ def weighted_loss(
             Weight of every next token; 0 where it is no target.
         normalization (`str`, *optional*, defaults to `"weights"`):
             `weight_normalization` of [`GIFTConfig`].
-        denominator (`torch.Tensor` of shape `()`, *optional*):
+        denominator (`torch.Tensor` of shape `()` or `int`, *optional*):
             Denominator of the whole optimizer step. Defaults to the one of this forward pass.
 
     Returns:

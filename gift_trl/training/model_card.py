@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from transformers import is_wandb_available
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
@@ -114,7 +114,7 @@ def training_settings(
     settings["packing"] = args.packing_strategy if args.packing else "no"
     settings["seed"] = args.seed
     if peft_config is not None:
-        settings["adapter"] = peft_config.peft_type.value
+        settings["adapter"] = PeftType(peft_config.peft_type).value
         described = peft_config.to_dict()
         for name in ("r", "lora_alpha", "lora_dropout"):
             if described.get(name) is not None:

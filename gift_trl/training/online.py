@@ -47,17 +47,18 @@ class OnlineConfidences:
         device: torch.device,
     ):
         config_kwargs = {name: load_kwargs.get(name) for name in ("revision", "trust_remote_code")}
+        scoring_model: Any = model
         self._vocabulary = check_scoring_model(model, **config_kwargs).vocab_size
         self._bos_token_id = processing_class.bos_token_id
         if isinstance(model, str):
             check_tokenizer(processing_class, model, **config_kwargs)
-            model, run = load_scoring_model(model, load_kwargs, shard=True)
+            scoring_model, run = load_scoring_model(model, load_kwargs, shard=True)
         else:
             if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):
-                model = model.to(device)
+                scoring_model = scoring_model.to(device)
             run = None
-        add_scoring_head(unwrap_model(model))
-        self._scorer = ModelScorer(model.eval(), run)
+        add_scoring_head(unwrap_model(scoring_model))
+        self._scorer = ModelScorer(scoring_model.eval(), run)
         self._checked = False
 
     def score(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

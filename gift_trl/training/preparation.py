@@ -67,8 +67,9 @@ def pack_with_confidences(
     if args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)
     map_kwargs = _map_kwargs(dataset, args, f"Packing {dataset_name} dataset")
+    max_length: Any = args.max_length  # a number, or the trainer has refused to pack
     with global_then_local_main_first():
-        return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
+        return pack_dataset(dataset, max_length, args.packing_strategy, map_kwargs)
 
 
 def _map_kwargs(dataset: Dataset | IterableDataset, args: SFTConfig, description: str) -> dict[str, Any]:

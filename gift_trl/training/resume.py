@@ -31,8 +31,8 @@ def last_complete_checkpoint(args: TrainingArguments) -> str:
     Raises:
         `ValueError`: If there is none that the run can go on from.
     """
-    folders = [path for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) is not None]
-    folders.sort(key=_step, reverse=True)
+    found = [(_step(path), path) for path in Path(str(args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    folders = [path for step, path in sorted(found, reverse=True) if step >= 0]
     if not folders:
         raise ValueError(
             f"`resume_from_checkpoint` is set, but `{args.output_dir}` holds no checkpoint. Unset it, or set `output_dir` to "
@@ -69,9 +69,10 @@ def _is_complete(path: Path, folders: list[Path], num_processes: int) -> bool:
     return len(states) > 1 and (len(states) >= num_processes or len(states) == max(others))
 
 
-def _step(path: Path) -> int | None:
+def _step(path: Path) -> int:
+    """Number of the step, -1 for what is no checkpoint."""
     step = path.name.rpartition("-")[2]
-    return int(step) if step.isdigit() and path.is_dir() else None
+    return int(step) if step.isdigit() and path.is_dir() else -1
 
 
 def _has_state(path: Path) -> bool:

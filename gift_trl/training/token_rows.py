@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from jinja2 import TemplateError
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from gift_trl.annotation.scoring import unwrap_model
 from gift_trl.model_pair import end_of_turn_token_ids
 
 
@@ -80,19 +80,18 @@ def check_token_rows(
             model's cannot be found.
         `OSError`: If rows are to be borrowed and the Hub cannot be asked.
     """
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = unwrap_model(model)
     matrices = _matrices(base)
     if borrow and (trained := [name for name, weight in matrices.items() if weight is None or weight.requires_grad]):
         raise ValueError(
             f"`borrow_instruct_token_rows` holds the instruct model's rows frozen, but {' and '.join(trained)} would be "
             "trained. Train an adapter (`use_peft`) that leaves embedding and head alone, or unset it."
         )
+    weights = {name: weight for name, weight in matrices.items() if weight is not None}
     used, predicted = _chat_token_ids(tokenizer, dataset, instruct_model, (load_kwargs or {}).get("revision"))
     found: dict[int, list[str]] = {}
     embedding = getattr(base.get_input_embeddings(), "weight", None)
-    for name, weight in matrices.items():
-        if weight is None:
-            continue
+    for name, weight in weights.items():
         with _gathered(weight):
             if weight.is_meta or weight.numel() == 0:  # read by the first process only, under FSDP
                 continue
@@ -114,7 +113,7 @@ def check_token_rows(
                 raise _not_found(name)
     if borrow and found:
         ids = sorted(found)
-        for name, weight in matrices.items():
+        for name, weight in weights.items():
             with _gathered(weight, modify=True), torch.no_grad():
                 if weight.is_meta or weight.numel() == 0:
                     continue
@@ -144,7 +143,8 @@ def _not_found(name: str) -> ValueError:
 def _matrices(model: PreTrainedModel) -> dict[str, nn.Parameter | None]:
     """Embedding and head by the names of their weights; `None` for one that an adapter trains."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    matrices = {}
+    matrices: dict[str, nn.Parameter | None] = {}
+    module: Any
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             matrices["the embedding or head"] = None
@@ -226,7 +226,7 @@ def _instruct_rows(
     download: bool,
 ) -> torch.Tensor | None:
     if not isinstance(model, str):
-        parameter = dict((model.get_base_model() if is_peft_model(model) else model).named_parameters()).get(name)
+        parameter = dict(unwrap_model(model).named_parameters()).get(name)
         if parameter is None:
             return None
         with _gathered(parameter):

@@ -17,7 +17,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
@@ -109,6 +109,12 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     ```
     """
 
+    # For type checkers: narrower than in SFTTrainer, or left to it
+    args: GIFTConfig
+    model: Any
+    loss_is_scaled_for_ga: Any
+    _signature_columns: Any
+
     _tag_names = ["trl", "gift"]
     _name = "GIFT"
     _paper = {
@@ -181,7 +187,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             dict(zip(eval_sets, annotated, strict=True)) if isinstance(eval_dataset, Mapping) else annotated[0]
         )
 
-        self._packed = weakref.WeakSet()
+        self._packed: weakref.WeakSet[Dataset | IterableDataset] = weakref.WeakSet()
         super().__init__(
             model=model,
             args=args,
@@ -200,7 +206,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
 
         if data_collator is None and not self._confidence_source.is_online:
             # SFTTrainer refuses a custom collator in padding-free mode, so its own is replaced by ours afterwards
-            own = self.data_collator
+            own: Any = self.data_collator
             self.data_collator = DataCollatorForGIFT(
                 pad_token_id=own.pad_token_id,
                 padding_free=own.padding_free,
@@ -216,19 +222,21 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         for provenance in self._provenances:
             ids.update(provenance.end_of_turn_token_ids)
         self._end_of_turn_token_ids = torch.tensor(sorted(ids), dtype=torch.long)
-        self._base_source = _source(model, (self.args.model_init_kwargs or {}).get("revision"))
+        init_kwargs: Any = self.args.model_init_kwargs or {}
+        self._base_source = _source(model, init_kwargs.get("revision"))
         self._instruct_source = (
             _source(instruct_model, args.instruct_model_revision) if instruct_model is not None else None
         )
         self._signal = LearningSignal()
-        self._borrowed_tokens = []
+        self._borrowed_tokens: list[str] = []
+        instruct_init_kwargs: Any = args.instruct_model_init_kwargs or {}
         if instruct_model is not None and instruct_model is not model:
             self._borrowed_tokens = check_token_rows(
                 self.model,
                 instruct_model,
                 self._tokenizer,
                 self.train_dataset,
-                load_kwargs={"revision": args.instruct_model_revision, **(args.instruct_model_init_kwargs or {})},
+                load_kwargs={"revision": args.instruct_model_revision, **instruct_init_kwargs},
                 borrow=args.borrow_instruct_token_rows,
             )
         self._confidence_source.training_starts(self.model, self.accelerator.device)
@@ -236,8 +244,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: GIFTConfig,
+        processing_class: Any,
+        args: Any,
         packing: bool,
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
@@ -261,13 +269,13 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             self._packed.add(dataset)
         return dataset
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args)
         self._signal.clear("train")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _set_signature_columns_if_needed(self):
+    def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if "confidences" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "confidences"]
@@ -299,6 +307,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     ) -> PredictionOutput:
         # Predictions belong to rows: none is left out, and none is cut, as if the rows were to be packed
         require_confidences(None, {metric_key_prefix: test_dataset}, self._instruct_model)
+        annotated: Any
         (annotated,) = self._confidence_source.annotate([(metric_key_prefix, test_dataset, True)])
         if isinstance(annotated, Dataset) and len(annotated) < len(test_dataset):
             raise ValueError(
@@ -332,7 +341,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         if len(batch_samples) == 0 or self.args.weight_normalization == "microbatch":
             return None
         if self.args.weight_normalization == "weights":
-            total = sum(self._batch_weights(batch).sum() for batch in batch_samples)
+            total: Any = sum(self._batch_weights(batch).sum() for batch in batch_samples)
         else:
             total = sum((batch["labels"][:, 1:] != -100).sum() for batch in batch_samples)
         total = total.to(device, torch.float32)
@@ -341,12 +350,18 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             total = self.accelerator.gather(total).sum() / self.get_tp_size()
         return total
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         weights = self._batch_weights(inputs)
         q = inputs["confidences"][:, 1:]
         passes = []
 
-        def forward(**kwargs):
+        def forward(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):
                 passes.append(outputs)
@@ -386,16 +401,16 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         self._signal.add(mode, q, weights, -outputs.log_probs.detach(), counted, empty)
         return (loss, result[1]) if return_outputs else loss
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._signal.gather("train", self.accelerator)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _finalize_training(self, *args, **kwargs):
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._signal.gather("train", self.accelerator)  # of the steps since the last log
         return super()._finalize_training(*args, **kwargs)
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._signal.clear("eval")
         output = super().evaluation_loop(*args, **kwargs)
         self._signal.gather("eval", self.accelerator)
@@ -408,7 +423,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         replace = self.is_world_process_zero() and may_be_replaced(folder / CARD_FILE)
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
@@ -417,18 +432,18 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             # PEFT has written a card of placeholders, with the base model's folder in it
             write_card(folder / CARD_FILE, lambda: self._make_card(self._card_name()), replace=True)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # as in TRL
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
         if self.is_world_process_zero():
-            card = Path(self.args.output_dir) / CARD_FILE
+            card = Path(str(self.args.output_dir)) / CARD_FILE
             write_card(card, lambda: self._make_card(model_name or self._card_name(), dataset_name, tags))
 
     def _card_name(self) -> str:
-        return (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
+        return (self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name).split("/")[-1]
 
     def _make_card(self, name: str, dataset_name: str | None = None, tags: str | list[str] | None = None) -> ModelCard:
         facts = self._training_facts()
@@ -454,7 +469,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         )
 
 
-def _source(model: str | PreTrainedModel, revision: str | None) -> Source:
+def _source(model: "str | PreTrainedModel | PeftModel", revision: str | None) -> Source:
     if isinstance(model, str):
         return Source.of_model(model, revision)
     return Source.of_model(get_config_model_id(model.config), was_loaded=False)
