@@ -2,6 +2,7 @@
 Merges a LoRA adapter into a generated checkpoint in four ways, and measures CPU seconds, memory and bits.
 
     python benchmarks/merge.py --mergekit-python ENVIRONMENT/bin/python
+    python benchmarks/merge.py --adapter-types all
 
 - **peft**: the usual script: load the model, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`.
 - **mergekit**: `mergekit-yaml` with `model: INSTRUCT+ADAPTER`, in an environment of its own.
@@ -11,6 +12,9 @@ Merges a LoRA adapter into a generated checkpoint in four ways, and measures CPU
 Each run is a process of its own; rounds are interleaved, and medians taken. CPU seconds are user and system time of the
 process and its children, less those of a process that only imports what the method imports. Memory is the peak of anonymous
 memory above the imports. All results are compared tensor by tensor, to the last bit.
+
+With `--adapter-types`, other types of adapter take LoRA's place: each is merged by gift_trl and by PEFT into two layers of
+the same shapes, where the peak of gift_trl is that of the whole model.
 """
 
 import argparse
@@ -54,6 +58,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# PEFT's own defaults, but for a rank of LoRA that is in use, and for what has no default
+ADAPTER_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {"r": 64, "lora_alpha": 128}),
+    "dora": ("LoraConfig", {"r": 64, "lora_alpha": 128, "use_dora": True}),
+    "loha": ("LoHaConfig", {}),
+    "lokr": ("LoKrConfig", {}),
+    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "hira": ("HiraConfig", {}),
+    "miss": ("MissConfig", {}),
+    "peanut": ("PeanutConfig", {}),
+    "delora": ("DeloraConfig", {}),
+    "gralora": ("GraloraConfig", {}),
+    "fourierft": ("FourierFTConfig", {}),
+    "waveft": ("WaveFTConfig", {}),
+    "c3a": ("C3AConfig", {}),
+    "oft": ("OFTConfig", {}),
+    "hra": ("HRAConfig", {}),
+    "boft": ("BOFTConfig", {}),
+}
 
 # The code of the model is imported late, but imported all the same
 _MODEL = "; from transformers import AutoModelForCausalLM, Qwen2ForCausalLM"
@@ -80,29 +103,42 @@ _MERGES = {
 }
 
 
-def make_inputs(folder: Path, preset: str, rank: int) -> None:
-    """Saves a sharded checkpoint with random weights, a LoRA and a DoRA adapter, and mergekit's recipe."""
+def make_checkpoint(folder: Path, preset: str, **sizes: Any) -> None:
+    """Saves a sharded checkpoint with random weights."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**PRESETS[preset]), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**{**PRESETS[preset], **sizes}), dtype=torch.bfloat16)
     model.save_pretrained(folder / "instruct", max_shard_size="500MB" if preset != "tiny" else "50KB")
     _make_tokenizer(PreTrainedTokenizerFast).save_pretrained(folder / "instruct")
-    for name, settings in (("adapter", {}), ("adapter-dora", {"use_dora": True})):
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=MODULES,
-            init_lora_weights=False,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=str(folder / "instruct"),
-            **settings,
-        )
-        peft_model = get_peft_model(model, config)
-        peft_model.save_pretrained(folder / name)
-        model = peft_model.unload()
+
+
+def make_adapter(folder: Path, name: str, kind: str, **settings: Any) -> None:
+    """Saves an adapter with random values for the checkpoint."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "instruct", dtype="auto")
+    config_class, defaults = ADAPTER_TYPES[kind]
+    config = getattr(peft, config_class)(
+        **{"target_modules": MODULES, "task_type": "CAUSAL_LM", **defaults, **settings},
+        base_model_name_or_path=str(folder / "instruct"),
+    )
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    adapted.save_pretrained(folder / name)
+
+
+def make_inputs(folder: Path, preset: str, rank: int) -> None:
+    """Saves a sharded checkpoint, a LoRA and a DoRA adapter, and mergekit's recipe."""
+    make_checkpoint(folder, preset)
+    make_adapter(folder, "adapter", "lora", r=rank, lora_alpha=2 * rank)
+    make_adapter(folder, "adapter-dora", "dora", r=rank, lora_alpha=2 * rank)
     recipe = {"merge_method": "passthrough", "dtype": "bfloat16"}
     recipe["models"] = [{"model": f"{folder / 'instruct'}+{folder / 'adapter'}"}]
     (folder / "mergekit.yaml").write_text(json.dumps(recipe))
@@ -219,6 +255,46 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return methods
 
 
+def compare_types(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Peak memory of merging other types of adapter, and whether PEFT merges them to the same bits."""
+    _run_here(args, f"merge.make_checkpoint(Path({str(folder)!r}), {args.preset!r}, num_hidden_layers=2)")
+    idle = {name: run(sys.executable, _IMPORTS[name], args.threads) for name in ("gift_trl", "peft")}
+    types = {}
+    for kind in args.adapter_types:
+        _run_here(args, f"merge.make_adapter(Path({str(folder)!r}), {kind!r}, {kind!r})")
+        found, written = {}, {}
+        for name in idle:
+            places = {
+                "instruct": str(folder / "instruct"),
+                "adapter": str(folder / kind),
+                "output": str(folder / "out"),
+            }
+            code = f"{_IMPORTS[name]}\n{textwrap.dedent(_MERGES[name]).format(**places)}"
+            measured = run(sys.executable, code, args.threads)
+            found[name] = {key: value - idle[name][key] for key, value in measured.items()}
+            written[name] = digests(folder / "out")
+            shutil.rmtree(folder / "out")
+        shutil.rmtree(folder / kind)
+        types[kind] = {
+            "peak_mb_above_import": found["gift_trl"]["peak_mb"],
+            "cpu_s": found["gift_trl"]["cpu"],
+            "cpu_s_peft": found["peft"]["cpu"],
+            "tensors_equal_to_peft": sum(written["peft"].get(k) == value for k, value in written["gift_trl"].items()),
+            "tensors": len(written["gift_trl"]),
+        }
+    return types
+
+
+def _run_here(args: argparse.Namespace, code: str) -> None:
+    # In a process of its own, which gives its memory back
+    folder = str(Path(__file__).parent)
+    run(
+        sys.executable,
+        f"import sys; sys.path.insert(0, {folder!r}); import merge; from pathlib import Path; {code}",
+        args.threads,
+    )
+
+
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on, without names of hosts or folders."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
@@ -251,6 +327,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def table_of_types(result: dict[str, Any]) -> str:
+    """Markdown table of a result of `--adapter-types`."""
+    bound = result["bound_mb"]
+    lines = [
+        f"| type | peak MB above import | of the bound of {bound:.0f} MB | same bits as PEFT |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kind, found in result["types"].items():
+        peak = found["peak_mb_above_import"]
+        equal = f"{found['tensors_equal_to_peft']} of {found['tensors']}"
+        lines.append(f"| {kind} | {peak:,.0f} | {peak / bound:.2f}× | {equal} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="1.5b", help="Shape of the model.")
@@ -259,20 +349,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
     parser.add_argument("--mergekit-python", help="Interpreter of an environment with mergekit; left out without.")
     parser.add_argument("--work-dir", help="Where to make the checkpoints: about five times the size of one.")
-    parser.add_argument("--output", default=Path(__file__).parent / "results" / "merge-cpu.json", help="Result file.")
+    parser.add_argument(
+        "--adapter-types",
+        nargs="+",
+        choices=[*ADAPTER_TYPES, "all"],
+        help="Measure the memory of merging these types of adapter, in place of the comparison of methods.",
+    )
+    parser.add_argument("--output", help="Result file; default: results/merge-cpu.json or results/merge-memory.json.")
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="merge_benchmark_", dir=args.work_dir) as folder:
-        make = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import merge; from pathlib import Path; "
-        )
-        make += f"merge.make_inputs(Path({folder!r}), {args.preset!r}, {args.rank})"
-        run(sys.executable, make, args.threads)
-        size = sum(file.stat().st_size for file in (Path(folder) / "instruct").glob("*.safetensors"))
-        facts = {"preset": args.preset, "bytes": size, "rank": args.rank, "modules": MODULES, "machine": machine(args)}
-        result = {**facts, "methods": compare(args, Path(folder))}
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
+    if args.adapter_types and "all" in args.adapter_types:
+        args.adapter_types = list(ADAPTER_TYPES)
+    with tempfile.TemporaryDirectory(prefix="merge_benchmark_", dir=args.work_dir) as name:
+        folder = Path(name)
+        result = {"preset": args.preset, "modules": MODULES, "machine": machine(args)}
+        if args.adapter_types:
+            sizes = PRESETS[args.preset]
+            # 4 × the largest targeted tensor, in bfloat16
+            result["bound_mb"] = 4 * 2 * sizes["hidden_size"] * sizes["intermediate_size"] / 2**20
+            result["types"] = compare_types(args, folder)
+        else:
+            _run_here(args, f"merge.make_inputs(Path({name!r}), {args.preset!r}, {args.rank})")
+            result["bytes"] = sum(file.stat().st_size for file in (folder / "instruct").glob("*.safetensors"))
+            result |= {"rank": args.rank, "methods": compare(args, folder)}
+    file = "merge-memory.json" if args.adapter_types else "merge-cpu.json"
+    output = Path(args.output or Path(__file__).parent / "results" / file)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(table_of_types(result) if args.adapter_types else table(result))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners import lora
+from peft.tuners import ia3, loha, lokr, lora
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -51,15 +52,35 @@ class AdapterLayer:
 
     @property
     def merges_by_rows(self) -> bool:
-        """Whether each row of the weight is merged by itself: plain LoRA, rsLoRA and DoRA on rows of outputs."""
+        """Whether some rows of the weight are merged without the others: LoRA, DoRA on rows of outputs, LoHa, LoKr, IA3."""
         # Exactly these classes: their subclasses belong to other methods or kinds of layer.
-        if type(self.layer) is lora.Embedding:
+        kind = type(self.layer)
+        if kind is lora.Embedding:
             return not self.layer.lora_variant
-        if type(self.layer) is not lora.Linear or self.layer.lora_bias[ADAPTER_NAME]:
+        if kind is loha.Linear:
+            return len(self.tensors) == 4
+        if kind is lokr.Linear:
+            return "lokr_w1" in self._factors and "lokr_t2" not in self._factors
+        if kind is ia3.Linear:
+            return not self.layer.fan_in_fan_out
+        if kind is not lora.Linear or self.layer.lora_bias[ADAPTER_NAME]:
             return False
         return not self.layer.lora_variant or (
             self.layer.use_dora[ADAPTER_NAME] and not self.layer.fan_in_fan_out and len(self.tensors) == 3
         )
+
+    @property
+    def _factors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by the name of what they are in it."""
+        return {name.partition(".")[0]: tensor for name, tensor in self.tensors.items()}
+
+    @property
+    def _row_unit(self) -> int:
+        """Rows that belong together: of LoKr's Kronecker product, those of one row of its first factor."""
+        if type(self.layer) is not lokr.Linear:
+            return 1
+        factors = self._factors
+        return len(factors["lokr_w2"] if "lokr_w2" in factors else factors["lokr_w2_a"])
 
     def merge(self, weights: Mapping[str, torch.Tensor], scale: float = 1.0) -> dict[str, torch.Tensor]:
         """
@@ -121,15 +142,41 @@ class AdapterLayer:
         end = start + len(rows)
         if self._is_plain and rows.dtype in (torch.bfloat16, torch.float16):
             return self._add_product(rows, start, end, scale, torch.empty(0) if buffer is None else buffer)
+        tensors = {name: self._rows_of(name, tensor, start, end) for name, tensor in self.tensors.items()}
+        # A layer that also merges a bias does so each time
+        bias = {"bias": rows.new_zeros(len(rows))} if "bias" in self.parameters else {}
+        return self._merge({"weight": rows, **bias}, tensors, scale)["weight"]
+
+    def merge_bias(self, bias: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """
+        Merges the adapter into a bias, where the weight is merged by rows.
+
+        Args:
+            bias (`torch.Tensor` of shape `(N,)`):
+                The bias. It may be changed in place.
+            scale (`float`, *optional*, defaults to `1.0`):
+                Factor of the update.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`: The merged bias.
+        """
+        # PEFT's layer merges both at once, and any weight with as many rows does
+        return self._merge({"weight": bias.new_zeros(len(bias), 1), "bias": bias}, self.tensors, scale)["bias"]
+
+    def _rows_of(self, name: str, tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """What some rows of the weight need of one of the adapter's tensors."""
+        kind, factor = type(self.layer), name.partition(".")[0]
+        if kind is loha.Linear:
+            return tensor[start:end] if factor in ("hada_w1_a", "hada_w2_a") else tensor
+        if kind is lokr.Linear:
+            unit = self._row_unit
+            return tensor[start // unit : end // unit] if factor == "lokr_w1" else tensor
+        if kind is ia3.Linear:  # one factor for each row, or for each column
+            return tensor if self.layer.is_feedforward else tensor[start:end]
         # The factor whose one dimension are the rows of the stored weight; the columns of A where that is transposed.
-        transposed = type(self.layer) is lora.Embedding or self.layer.fan_in_fan_out
-        tensors = {}
-        for name, tensor in self.tensors.items():
-            if transposed:
-                tensors[name] = tensor[:, start:end] if ("lora_A" in name or "embedding_A" in name) else tensor
-            else:
-                tensors[name] = tensor if "lora_A" in name else tensor[start:end]
-        return self._merge({"weight": rows}, tensors, scale)["weight"]
+        if kind is lora.Embedding or self.layer.fan_in_fan_out:
+            return tensor[:, start:end] if factor in ("lora_A", "lora_embedding_A") else tensor
+        return tensor if factor == "lora_A" else tensor[start:end]
 
     @property
     def _is_plain(self) -> bool:
@@ -165,8 +212,7 @@ class AdapterLayer:
         self.layer.set_scale(ADAPTER_NAME, 1.0)
         return scaling
 
-    @staticmethod
-    def row_blocks(num_rows: int, num_columns: int) -> list[tuple[int, int]]:
+    def row_blocks(self, num_rows: int, num_columns: int) -> list[tuple[int, int]]:
         """
         Cuts the rows of a weight into blocks of nearly the same size.
 
@@ -179,9 +225,9 @@ class AdapterLayer:
         Returns:
             `list[tuple[int, int]]`: First row and row after the last of each block.
         """
-        rows = max(_SMALLEST_BLOCK, _BLOCK_ELEMENTS // max(1, num_columns))
-        count = max(1, num_rows // rows)
-        bounds = [num_rows * i // count for i in range(count + 1)]
+        rows, unit = max(_SMALLEST_BLOCK, _BLOCK_ELEMENTS // max(1, num_columns)), self._row_unit
+        count = max(1, min(num_rows // rows, num_rows // unit))
+        bounds = [num_rows // unit * i // count * unit for i in range(count + 1)]
         return list(itertools.pairwise(bounds))
 
     @torch.no_grad()
@@ -327,7 +373,9 @@ def _merged_parameters(layer: BaseTunerLayer) -> tuple[str, ...]:
     if isinstance(layer, lora.ParamWrapper):
         return (layer.parameter_name,)
     held = tuple(name for name, parameter in layer.get_base_layer()._parameters.items() if parameter is not None)
-    # LoRA leaves the bias alone unless it has one of its own; other methods may scale it.
-    if isinstance(layer, lora.LoraLayer) and not layer.lora_bias[ADAPTER_NAME]:
+    # LoRA leaves the bias alone unless it has one of its own, as do LoHa and LoKr; other methods may scale it.
+    has_own_bias = isinstance(layer, lora.LoraLayer) and layer.lora_bias[ADAPTER_NAME]
+    scales_columns = isinstance(layer, ia3.IA3Layer) and layer.is_feedforward
+    if (isinstance(layer, lora.LoraLayer | LycorisLayer) and not has_own_bias) or scales_columns:
         return tuple(name for name in held if name != "bias")
     return held

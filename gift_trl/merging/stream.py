@@ -221,7 +221,7 @@ def merge_targets(
     """
     Writes the merged values of every target, as the iterator is consumed.
 
-    In memory is a block of rows of plain LoRA, of other kinds of adapter one module and PEFT's intermediate results for it.
+    In memory is a block of rows where the adapter is merged by rows, else one module and PEFT's intermediate results for it.
 
     Args:
         targets (`Iterable[Target]`):
@@ -243,8 +243,13 @@ def merge_targets(
     buffer = torch.empty(0)  # one for all: much of the time of a fresh allocation goes into page faults
     for target in targets:
         if target.merges_by_rows:
-            (name,) = target.tensors
-            yield name, _merge_by_rows(target, name, source, writer, scale, buffer)
+            for name, stored in target.parameters.items():
+                (tensor,) = stored.tensors
+                if name == "weight":
+                    yield tensor, _merge_by_rows(target, tensor, source, writer, scale, buffer)
+                else:
+                    bias = target.layer.merge_bias(source.read(tensor), scale)
+                    yield from write_module({name: stored}, {name: bias}, source, writer)
             continue
         weights = {
             name: stored.assemble({tensor: source.read(tensor) for tensor in stored.tensors})

@@ -48,9 +48,13 @@ class Target:
 
     @property
     def merges_by_rows(self) -> bool:
-        """Whether the update needs no more than some rows of the one tensor at a time."""
-        stored = list(self.parameters.values())
-        return self.layer is not None and self.layer.merges_by_rows and len(stored) == 1 and not stored[0].converter
+        """Whether the update needs no more than some rows of a weight at a time."""
+        return (
+            self.layer is not None
+            and self.layer.merges_by_rows
+            and self.parameters.keys() <= {"weight", "bias"}
+            and not any(stored.converter for stored in self.parameters.values())
+        )
 
     def merge(self, weights: Mapping[str, torch.Tensor], scale: float = 1.0) -> dict[str, torch.Tensor]:
         """
@@ -68,7 +72,8 @@ class Target:
         if self.layer is None:
             return {name: self.replacement.to(weight.dtype) for name, weight in weights.items()}
         if self.merges_by_rows:
-            return {name: self.layer.merge_rows(weight, scale) for name, weight in weights.items()}
+            merge = {"weight": self.layer.merge_rows, "bias": self.layer.merge_bias}
+            return {name: merge[name](value, scale) for name, value in weights.items()}
         return self.layer.merge(weights, scale)
 
 

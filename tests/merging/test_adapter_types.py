@@ -1,12 +1,14 @@
 """Every kind of adapter that is merged comes out as PEFT's own `merge_and_unload()`, to the last bit."""
 
+import copy
+
 import peft
 import pytest
 import torch
 from merge_helpers import merged_by_peft, same_bits, tensors_of
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gift_trl.checkpoints import safetensors_files
 from gift_trl.merging import layers, merge_adapter
@@ -229,6 +231,53 @@ def test_blocks_of_rows_equal_the_whole(settings, rank, dtype, alpha, scale):
         whole = layer.merge({"weight": weight.clone()}, scale=scale)["weight"]
         assert not same_bits(whole, weight)
         assert same_bits(layer.merge_rows(weight.clone(), scale=scale), whole), layer.module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        (LoHaConfig(r=16, alpha=24), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+        (LoKrConfig(r=8, alpha=24), ("lokr_w1", "lokr_w2_a", "lokr_w2_b")),
+        (LoKrConfig(r=4000, alpha=24), ("lokr_w1", "lokr_w2")),
+        (IA3Config(feedforward_modules=["down_proj"]), ("ia3_l",)),
+    ],
+    ids=["loha", "lokr", "lokr-whole", "ia3"],
+)
+def test_blocks_of_rows_of_other_types_equal_the_whole(settings, factors, dtype):
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=300,
+        intermediate_size=4000,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        mlp_bias=True,
+    )
+    settings.target_modules, settings.task_type = ["down_proj", "up_proj"], "CAUSAL_LM"
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        empty = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(settings)).state_dict()
+    tensors = {
+        key.replace(".default", ""): torch.randn(value.shape)
+        for key, value in empty.items()
+        if any(factor in key for factor in factors)
+    }
+    assert len(tensors) == 2 * len(factors)
+    loaded = layers.load_adapter(settings.to_dict(), tensors, build_skeleton(config))
+    assert len(loaded.layers) == 2
+    for layer in loaded.layers:
+        base_layer = layer.layer.get_base_layer()
+        weight, bias = (torch.randn(getattr(base_layer, name).shape).to(dtype) for name in ("weight", "bias"))
+        assert layer.merges_by_rows and len(layer.row_blocks(*weight.shape)) > 1
+        weights = {
+            name: value.clone() for name, value in (("weight", weight), ("bias", bias)) if name in layer.parameters
+        }
+        whole = layer.merge(weights)
+        assert not same_bits(whole["weight"], weight)
+        assert same_bits(layer.merge_rows(weight.clone()), whole["weight"]), layer.module
+        if "bias" in layer.parameters:
+            assert not same_bits(whole["bias"], bias)
+            assert same_bits(layer.merge_bias(bias.clone()), whole["bias"])
 
 
 def test_blocks_of_rows_of_transposed_weights(make_checkpoint, make_adapter, tmp_path, monkeypatch):
