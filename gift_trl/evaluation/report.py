@@ -235,8 +235,7 @@ def _samples(comparison: Comparison) -> list[Part]:
 
 
 def _truncation(comparison: Comparison) -> list[Part]:
-    draw = figures.truncation_figure(comparison)
-    if draw is None:
+    if all(run.summary.truncated is None for run in comparison.runs.values()):
         return []
     rows = [
         [task, *(_describe_ends(comparison.summary(model, task)) for model in comparison.models)]
@@ -246,9 +245,10 @@ def _truncation(comparison: Comparison) -> list[Part]:
         "Answers that were cut off at the allowed length / problems of which no answer ended by itself, in percent; below, the "
         "mean number of tokens. A merged model that has lost its end-of-turn token shows here."
     )
-    picture = Picture("truncation.png", "Answers that did not end", "Mean over the tasks.", draw)
-    head = ["task", *comparison.models]
-    return [Heading("Do the answers end?"), Text(note, "note"), Table(head, rows), Pictures([picture])]
+    parts: list[Part] = [Heading("Do the answers end?"), Text(note, "note"), Table(["task", *comparison.models], rows)]
+    if draw := figures.truncation_figure(comparison):
+        parts.append(Pictures([Picture("truncation.png", "Answers that did not end", "Mean over the tasks.", draw)]))
+    return parts
 
 
 def _describe_ends(summary: Summary | None) -> str:
@@ -273,7 +273,7 @@ def _signals(signals: Sequence[TrainingSignal]) -> list[Part]:
 
 def _paper(comparison: Comparison, signals: Sequence[TrainingSignal]) -> list[Part]:
     beside = place_beside_paper(comparison)
-    if not beside and not signals:
+    if not beside:
         return []
     parts: list[Part] = [
         Heading("The paper's numbers"),

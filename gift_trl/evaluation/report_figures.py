@@ -153,7 +153,7 @@ def truncation_figure(comparison: Comparison) -> Draw | None:
             The comparison.
 
     Returns:
-        `Callable` or `None`: Writes the picture; `None` if it is not known of any model.
+        `Callable` or `None`: Writes the picture; `None` if it is not known of any model, or none was cut off.
     """
     shares: dict[str, list[list[float]]] = {}
     for model in comparison.models:
@@ -161,7 +161,7 @@ def truncation_figure(comparison: Comparison) -> Draw | None:
         known = [s for s in summaries if s is not None and s.truncated is not None and s.never_stopped is not None]
         if known:
             shares[model] = [[100 * s.truncated for s in known], [100 * s.never_stopped for s in known]]
-    return partial(_draw_truncation, shares) if shares else None
+    return partial(_draw_truncation, shares) if any(any(cut) for cut, _ in shares.values()) else None
 
 
 def _draw_truncation(shares: dict[str, list[list[float]]], file: BinaryIO, dark: bool) -> None:
