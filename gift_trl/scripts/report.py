@@ -67,6 +67,13 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         default=[],
         help="tasks that should not be lost, beside those whose `role` says so",
     )
+    parser.add_argument(
+        "--card",
+        metavar="MODEL=DIR",
+        nargs="+",
+        default=[],
+        help="put the figures of MODEL on the card of the merged model in DIR",
+    )
     return parser
 
 
@@ -114,6 +121,11 @@ def _report_evaluation(options: argparse.Namespace) -> None:
                 "`gift-trl annotate` wrote."
             )
 
+    if wrong := [card for card in options.card if not all(card.partition("="))]:
+        raise ValueError(f"`--card {wrong[0]}` names no model and folder: write MODEL=DIR.")
+    cards = {model: folder for model, _, folder in (card.partition("=") for card in options.card)}
+
+    from gift_trl.evaluation.card import add_to_card
     from gift_trl.evaluation.report import write_evaluation_report
     from gift_trl.evaluation.report_text import describe_findings, describe_warnings
 
@@ -130,6 +142,9 @@ def _report_evaluation(options: argparse.Namespace) -> None:
     for finding in describe_findings(comparison):
         print(finding)
     print(f"Written to {os.path.relpath(options.output)}")
+    for model, folder in cards.items():
+        if add_to_card(comparison, model, folder):
+            print(f"The figures of {model} are on the card in {os.path.relpath(folder)}")
 
 
 def _report_annotation(options: argparse.Namespace) -> None:

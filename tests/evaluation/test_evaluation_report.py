@@ -10,10 +10,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from report_data import task_config, write_results
+from transformers import LlamaForCausalLM
 
+from gift_trl import merge_adapter
+from gift_trl.checkpoints import weights_fingerprint
 from gift_trl.evaluation import report
+from gift_trl.evaluation.card import add_to_card
 from gift_trl.evaluation.comparison import compare_results, mean_interval
 from gift_trl.evaluation.paper import RESULTS, place_beside_paper
 from gift_trl.evaluation.report import write_evaluation_report
@@ -469,6 +474,46 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError, match=r"holds no evaluation\.yaml"):
         command.main(["evaluation_report", "--output", "elsewhere"])
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation_report"]
+
+
+# Card
+
+
+def test_figures_go_on_the_card_of_the_weights_they_are_of(pair, tmp_path, monkeypatch, capsys):
+    base, instruct = pair
+    model = LlamaForCausalLM.from_pretrained(base)
+    adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", instruct, tmp_path / "merged")
+    models = {
+        name: {"model": name, "weights": weights_fingerprint(path)}
+        for name, path in (("chat", instruct), ("merged", tmp_path / "merged"), ("base", base))
+    } | {"served": {"model": "served"}}
+    scores = {(name, task): solved(40, 20 + i, 4) for i, name in enumerate(models) for task in ("sums", "words")}
+    tasks = {"words": task_config(dataset="words.jsonl", revision=None)}
+    folder = write_results(tmp_path / "results", scores, models=models, tasks=tasks)
+    monkeypatch.chdir(tmp_path)
+    command.main([str(folder), "--card", "merged=merged"])
+    assert "The figures of merged are on the card in merged" in capsys.readouterr().out
+    sums, words = json.loads((tmp_path / "merged" / "evaluation.json").read_text())
+    comparison = compare_results([folder])
+    assert [sums[name] for name in ("value", "low", "high")] == list(comparison.summary("merged", "sums").average)
+    assert (sums["instruct_value"], sums["num_problems"], sums["metric"]) == (0.5, 40, "exact_match (average@4)")
+    assert [sums[f"dataset{part}"] for part in ("", "_split", "_revision")] == ["org/data", "test", "abc"]
+    assert words["dataset"] is None
+    assert "| sums | exact_match (average@4) | 52.5" in (tmp_path / "merged" / "README.md").read_text()
+
+    for model, target, cause in (
+        ("base", "merged", "not those that were evaluated as `base`"),
+        ("served", "merged", "do not tell which weights `served` had"),
+        ("gone", "merged", "no model `gone`"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            add_to_card(comparison, model, target)
+    with pytest.raises(FileNotFoundError, match=r"no merge_report\.json"):
+        add_to_card(comparison, "merged", "adapter")
+    with pytest.raises(ValueError, match="MODEL=DIR"):
+        command.main([str(folder), "--card", "merged", "--overwrite"])
 
 
 # Browser
