@@ -1,8 +1,13 @@
-"""Data on the local disk, as `datasets` reads it."""
+"""Files a user writes: data, as `datasets` reads it, and YAML."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -27,16 +32,63 @@ def load_local_data(
 
     Raises:
         `FileNotFoundError`: If the name is that of a data file, which does not exist.
+        `ValueError`: If it holds no rows, or cannot be read.
     """
     name = os.path.expanduser(name)
     extension = os.path.splitext(name)[1].lower()
     if os.path.isdir(name):
         if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
-            saved = load_from_disk(name)
+            saved = _read(name, lambda: load_from_disk(name))
             return saved if isinstance(saved, DatasetDict) else DatasetDict({split: saved})
         return None
     if extension not in _BUILDERS:
         return None
     if not os.path.isfile(name):
         raise FileNotFoundError(f"There is no file `{name}`. Check the path of the data.")
-    return load_dataset(_BUILDERS[extension], data_files=name, streaming=streaming)
+    return _read(name, lambda: load_dataset(_BUILDERS[extension], data_files=name, streaming=streaming))
+
+
+def _read(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    # The third and fourth are what becomes of data without rows
+    except (DatasetGenerationError, ValueError, StopIteration, IndexError) as error:
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(
+            f"`{name}` cannot be read, or holds no rows: {reason.splitlines()[0]}. Check the data."
+        ) from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a mapping with the same key twice, of which YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` stands there twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | os.PathLike, kind: str = "recipe") -> Any:
+    """
+    Reads a YAML file.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        kind (`str`, *optional*, defaults to `"recipe"`):
+            What it is, for messages.
+
+    Returns:
+        `Any`: Its content.
+
+    Raises:
+        `ValueError`: If it is not valid YAML, or has a key twice.
+    """
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The {kind} is not valid YAML: {error}") from error

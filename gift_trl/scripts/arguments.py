@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from gift_trl.data_files import read_yaml
 from gift_trl.scripts.recipes import recipes_folder
 from gift_trl.training.config import GIFTConfig
 
@@ -284,11 +284,7 @@ class RecipeParser(TrlParser):
         return args
 
     def _check_recipe_file(self, path: str) -> None:
-        with open(path, encoding="utf-8") as file:
-            try:
-                recipe = yaml.safe_load(file)
-            except yaml.YAMLError as error:
-                raise ValueError(f"The recipe is not valid YAML: {error}") from error
+        recipe = read_yaml(path)
         choices = {action.dest for action in self._actions if action.choices}
         for key, value in (recipe if isinstance(recipe, dict) else {}).items():
             if key in choices and isinstance(value, bool):
@@ -311,7 +307,7 @@ class RecipeParser(TrlParser):
             formatter.start_section("inherited from TRL and transformers")
             formatter.add_arguments(list(actions.values()))
             formatter.end_section()
-        else:
+        elif actions:
             formatter.add_text(f"{len(actions)} more fields are inherited from TRL and transformers: see --help_all.")
         formatter.add_text(self.epilog)
         return formatter.format_help()

@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": "add a trained adapter to the instruct model's checkpoint (stage 3)",
     "sweep": "find the scale of the update that is best on validation data, without writing checkpoints",
     "push": "push a merged model or an adapter to the Hub, in one commit that is checked afterwards",
+    "evaluate": "let models answer tasks, grade the answers, and keep them all",
     "quickstart": "see the whole method at work on a tiny model pair, in minutes on a CPU",
     "lab": "the effect experiment on tiny pairs: every method over seeds, noise, learning rates and data sizes",
     "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ACCELERATE_CONFIG = "--accelerate_config"
 # Commands whose module can be launched, each with a `make_parser` of its own fields
-LAUNCHED = ("annotate", "train")
+LAUNCHED = ("annotate", "evaluate", "train")
 
 
 def wants_launch(command: str, argv: list[str]) -> bool:
