@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import evaluate
 
-METRICS = ("exact_match", "multiple_choice_accuracy", "rouge")
+METRICS = ("exact_match", "math_accuracy", "multiple_choice_accuracy", "rouge")
 
 
 def load_metric(name: str) -> "evaluate.Metric":
