@@ -519,6 +519,7 @@ def test_figures_go_on_the_card_of_the_weights_they_are_of(pair, tmp_path, monke
 # Browser
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
 def test_page_in_a_browser(folder, tmp_path):
     write_evaluation_report([folder], tmp_path / "report")
