@@ -1,6 +1,7 @@
 """`evaluation.yaml`: what the results in a folder come from, so that nothing of another configuration is mixed in."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from gift_trl.annotation.provenance import (
     library_versions,
     model_name,
 )
+from gift_trl.checkpoints import REPORT_FILE, checkpoint_folder
 from gift_trl.evaluation.config import EvaluationConfig, ModelSpec
 from gift_trl.evaluation.parts import has_parts
 from gift_trl.evaluation.prompts import Renderer
@@ -26,8 +28,8 @@ from gift_trl.model_pair import load_config
 
 logger = get_logger(__name__)
 
-# Of a task: what the answers do not depend on, so that it may change without making them again
-_FREE = ("role", "description", "metric", "answer_pattern")
+# Of a task or model: what the answers do not depend on, so that it may change without making them again
+_FREE = ("merge", "role", "description", "metric", "answer_pattern")
 
 
 def describe_model(
@@ -47,7 +49,7 @@ def describe_model(
             What a server says it holds.
 
     Returns:
-        `dict[str, Any]`: Fields by name.
+        `dict[str, Any]`: Fields by name; under `merge`, what a merged model was made of.
     """
     tokenizer = renderer.tokenizer
     entry = {
@@ -59,6 +61,12 @@ def describe_model(
         "stop_ids": list(renderer.stop_ids),
         "max_length": renderer.max_length,
     }
+    report = checkpoint_folder(spec.model, spec.revision, weights=False) / REPORT_FILE
+    if report.is_file():
+        facts = json.loads(report.read_text(encoding="utf-8"))
+        entry["merge"] = {
+            name: facts.get(name) for name in ("instruct_model", "adapter_base_model", "adapter", "scale")
+        }
     if server is not None:
         return {**entry, "served": Path(server["root"]).name}
     dtype = spec.dtype or config.dtype

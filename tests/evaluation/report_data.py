@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gift_trl.evaluation.grading import summarize
 from gift_trl.evaluation.results import (
     GENERATIONS_FILE,
     GRADES_FILE,
@@ -13,12 +14,10 @@ from gift_trl.evaluation.results import (
     Generation,
     Grade,
     Skip,
-    Summary,
     write_config,
     write_json,
     write_lines,
 )
-from gift_trl.evaluation.statistics import average_at_n, bootstrap_interval, majority_at_n, pass_at_k
 
 
 VERSIONS = {"gift_trl": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
@@ -62,33 +61,18 @@ def write_results(
     write_config(folder, {**settings, **config})
     for (model, task), matrix in scores.items():
         cut = np.random.default_rng(1).random(matrix.shape) < (truncated or {}).get(model, 0.0)
-        generations, grades = [], []
+        generations, grades, lengths = [], [], {}
         for (row, sample), score in np.ndenumerate(matrix):
             problem, answer = first + row, str(row) if score == 1 else "wrong"
             reason = "length" if cut[row, sample] else "stop"
-            ids = [1, 2, 3]
-            said = text(model, problem, sample)
+            said, ids = text(model, problem, sample), [1, 2, 3]
             generations.append(Generation(problem, sample, 0, prompt(problem), ids, str(row), said, ids, reason, {}))
             grades.append(Grade(problem, sample, float(score), answer))
+            lengths.setdefault(problem, []).append((len(ids), reason))
         write_lines(folder / model / task / GENERATIONS_FILE, generations)
         write_lines(folder / model / task / GRADES_FILE, grades)
-        write_json(folder / model / task / SUMMARY_FILE, _summary(matrix, grades, cut, skipped).to_dict())
+        write_json(
+            folder / model / task / SUMMARY_FILE,
+            summarize(grades, lengths, {"name": "exact_match"}, list(skipped)).to_dict(),
+        )
     return folder
-
-
-def _summary(matrix: np.ndarray, grades: list[Grade], cut: np.ndarray, skipped: tuple[Skip, ...]) -> Summary:
-    samples = matrix.shape[1]
-    is_binary = set(np.unique(matrix)) <= {0.0, 1.0}
-    answers = np.array([grade.answer for grade in grades], dtype=object).reshape(matrix.shape).tolist()
-    ks = [2**i for i in range(5) if 2**i <= samples] if is_binary else []
-    return Summary(
-        {"name": "exact_match"},
-        *matrix.shape,
-        average=bootstrap_interval(average_at_n(matrix)),
-        pass_at_k={k: bootstrap_interval(pass_at_k(matrix, k)) for k in ks},
-        majority=bootstrap_interval(majority_at_n(answers, matrix)) if is_binary and samples > 1 else None,
-        truncated=float(cut.mean()),
-        never_stopped=float(cut.all(axis=1).mean()),
-        mean_tokens=3.0,
-        skipped=skipped,
-    )

@@ -25,6 +25,7 @@ from gift_trl.evaluation.report import write_evaluation_report
 from gift_trl.evaluation.report_examples import choose_examples
 from gift_trl.evaluation.report_text import describe_findings, describe_warnings
 from gift_trl.evaluation.results import Skip
+from gift_trl.evaluation.run import evaluate
 from gift_trl.evaluation.statistics import Interval, paired_difference
 from gift_trl.evaluation.training_logs import read_training_signals
 from gift_trl.scripts import report as command
@@ -479,12 +480,43 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
 # Card
 
 
-def test_figures_go_on_the_card_of_the_weights_they_are_of(pair, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def merged(pair, tmp_path_factory):
+    """A checkpoint that a merge wrote."""
+    folder = tmp_path_factory.mktemp("merge")
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(pair[0]), lora).save_pretrained(folder / "adapter")
+    merge_adapter(folder / "adapter", pair[1], folder / "merged")
+    return folder / "merged"
+
+
+def test_what_is_evaluated_can_be_reported_and_put_on_the_card(configure, pair, merged, tmp_path, monkeypatch, capsys):
+    shutil.copytree(merged, tmp_path / "merged")
+    evaluate(configure(models={"chat": pair[1], "merged": str(tmp_path / "merged")}))
+    monkeypatch.chdir(tmp_path)
+    command.main(["results", "--card", "merged=merged"])
+    assert "The figures of merged are on the card" in capsys.readouterr().out
+    comparison = compare_results(["results"])
+    assert comparison.reference == "chat" and comparison.differences["merged", "sums"].problems.tolist() == list(
+        range(6)
+    )
+    assert comparison.model_config("merged")["merge"] == {
+        "instruct_model": "instruct",
+        "adapter_base_model": "base",
+        "adapter": "adapter",
+        "scale": 1.0,
+    }
+    assert "merge" not in comparison.model_config("chat")
+    text = (tmp_path / "evaluation_report" / "report.md").read_text(encoding="utf-8")
+    assert "# merged beside chat" in text and "| sums | 6 |" in text and str(tmp_path) not in text
+    (row,) = json.loads((tmp_path / "merged" / "evaluation.json").read_text())
+    assert (row["task"], row["instruct_value"]) == ("sums", comparison.summary("chat", "sums").average.mean)
+
+
+def test_figures_go_on_the_card_of_the_weights_they_are_of(pair, merged, tmp_path, monkeypatch, capsys):
     base, instruct = pair
-    model = LlamaForCausalLM.from_pretrained(base)
-    adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    adapter.save_pretrained(tmp_path / "adapter")
-    merge_adapter(tmp_path / "adapter", instruct, tmp_path / "merged")
+    shutil.copytree(merged, tmp_path / "merged")
+    shutil.copytree(merged.parent / "adapter", tmp_path / "adapter")
     models = {
         name: {"model": name, "weights": weights_fingerprint(path)}
         for name, path in (("chat", instruct), ("merged", tmp_path / "merged"), ("base", base))
