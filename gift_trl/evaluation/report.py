@@ -1,10 +1,8 @@
 """One or several evaluations as a report: Markdown, a table for other programs, one HTML page, and pictures."""
 
-import csv
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -26,6 +24,7 @@ from gift_trl.evaluation.report_page import (
     render_html,
     render_markdown,
 )
+from gift_trl.evaluation.report_table import write_table
 from gift_trl.evaluation.report_text import (
     count_skips,
     describe_findings,
@@ -77,13 +76,14 @@ def write_evaluation_report(
 
     Raises:
         `FileExistsError`: If `output_dir` holds something, and `overwrite` is not set or it is no report.
-        `ValueError`: If it lies in a folder of results, or as in [`compare_results`] and [`read_training_signals`].
+        `ValueError`: If it and an input lie in one another, or as in [`compare_results`] and [`read_training_signals`].
     """
     output_dir = check_output_folder(output_dir, overwrite=overwrite, marks=(TABLE_FILE,))
-    for folder in results:
-        if output_dir.is_relative_to(Path(folder).expanduser().resolve()):
+    for folder in (*results, *training):
+        path = Path(folder).expanduser().resolve()
+        if output_dir.is_relative_to(path) or path.is_relative_to(output_dir):
             raise ValueError(
-                f"'{output_dir}' lies in the results '{folder}', which are left as they are: choose another."
+                f"'{output_dir}' and '{folder}', which is left as it is, lie in one another: choose another output folder."
             )
     signals = read_training_signals(training)
     comparison = compare_results(results, reference=reference, retention=retention)
@@ -93,7 +93,7 @@ def write_evaluation_report(
             picture.write(folder)
         (folder / MARKDOWN_FILE).write_text(render_markdown(_title(comparison), parts), encoding="utf-8")
         (folder / PAGE_FILE).write_text(render_html(_title(comparison), parts), encoding="utf-8")
-        _write_table(comparison, folder / TABLE_FILE)
+        write_table(comparison, folder / TABLE_FILE)
     return comparison
 
 
@@ -347,50 +347,3 @@ def _settings(comparison: Comparison) -> list[Part]:
         for part in comparison.results
     ]
     return [Heading("Settings and versions"), Text(f"Report by gift_trl {__version__}.", "note"), *listings]
-
-
-def _write_table(comparison: Comparison, path: Path) -> None:
-    """A line for each model and task; figures from 0 to 1, empty where there is none."""
-    ks = sorted({k for run in comparison.runs.values() for k in run.summary.pass_at_k})
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = None
-        for (model, task), run in comparison.runs.items():
-            line = {
-                "model": model,
-                "task": task,
-                "role": comparison.roles[task],
-                **_table_figures(run.summary, ks),
-                **_table_difference(comparison, model, task),
-            }
-            if writer is None:
-                writer = csv.DictWriter(file, list(line))
-                writer.writeheader()
-            writer.writerow(line)
-
-
-def _table_figures(summary: Summary, ks: Sequence[int]) -> dict[str, Any]:
-    named = {"average": summary.average, **{f"pass@{k}": summary.pass_at_k.get(k) for k in ks}}
-    named["majority"] = summary.majority
-    line: dict[str, Any] = {
-        "metric": summary.metric["name"],
-        "problems": summary.num_problems,
-        "samples": summary.num_samples,
-    }
-    for name, interval in named.items():
-        line |= dict(zip((name, f"{name}_low", f"{name}_high"), interval or (None, None, None), strict=True))
-    return line | {
-        "truncated": summary.truncated,
-        "never_stopped": summary.never_stopped,
-        "mean_tokens": summary.mean_tokens,
-        "skipped": len(summary.skipped),
-    }
-
-
-def _table_difference(comparison: Comparison, model: str, task: str) -> dict[str, Any]:
-    names = ("reference", "difference", "difference_low", "difference_high", "excludes_zero", "paired_problems")
-    difference = comparison.differences.get((model, task))
-    if difference is None:
-        return dict.fromkeys(names)
-    interval = difference.interval
-    excludes_zero = interval.low > 0 or interval.high < 0
-    return dict(zip(names, (comparison.reference, *interval, excludes_zero, len(difference.points)), strict=True))

@@ -440,9 +440,12 @@ def test_a_single_model_is_reported_without_comparison(tmp_path):
 
 
 def test_report_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="lies in the results"):
+    with pytest.raises(ValueError, match="lie in one another"):
         write_evaluation_report([folder], folder / "report")
     write_evaluation_report([folder], tmp_path / "report")
+    shutil.copytree(folder, tmp_path / "report" / "results")
+    with pytest.raises(ValueError, match="lie in one another"):
+        write_evaluation_report([tmp_path / "report" / "results"], tmp_path / "report", overwrite=True)
     with pytest.raises(FileExistsError, match="overwrite"):
         write_evaluation_report([folder], tmp_path / "report")
     (tmp_path / "mine").mkdir()
