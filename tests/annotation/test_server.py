@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm_server import Fault, VLLMServer
 
-from gift_trl.annotation import server as server_module
+from gift_trl.annotation import server_client as server_module
 from gift_trl.annotation.rows import Row
 from gift_trl.annotation.server import ServerScorer
 
@@ -48,7 +48,7 @@ def make_scorer(server):
         scorer.close()
     # So that no request of one test arrives in the next
     for thread in threading.enumerate():
-        if thread.name.startswith("score"):
+        if thread.name.startswith("ask-server"):
             thread.join(10)
 
 
@@ -291,7 +291,7 @@ def test_closing_stops_the_work(server, make_scorer, rows, close):
             next(results)
     # None waits on, and what had not been started is never asked for
     deadline = time.monotonic() + 10
-    while any(thread.name.startswith("score") for thread in threading.enumerate()):
+    while any(thread.name.startswith("ask-server") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(server.prompts) <= 5
