@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class VLLMServer:
 
     def __init__(self, folder: str, *, max_model_len: int | None = None, api_key: str | None = None):
         self.model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.max_model_len = max_model_len or self.model.config.max_position_embeddings
         self._folder = folder
         self.reset(api_key)
@@ -139,7 +140,9 @@ class VLLMServer:
         logprobs = logits.log_softmax(-1)
         scored = logprobs[:-1].gather(-1, ids[0, 1:, None])
         ranks = (logprobs[:-1] >= scored).sum(-1)
-        choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+        token_ids, stop_reason = self._generate(ids, body)
+        choice = {"index": 0, "text": self.tokenizer.decode(token_ids, skip_special_tokens=True), "logprobs": None}
+        choice |= {"finish_reason": "length" if stop_reason is None else "stop", "stop_reason": stop_reason}
         if body.get("prompt_logprobs") is not None:
             entries = zip(prompt[1:], scored[:, 0].tolist(), ranks.tolist(), strict=True)
             choice["prompt_logprobs"] = [None] + [
@@ -147,9 +150,26 @@ class VLLMServer:
                 for token, logprob, rank in entries
             ]
         if body.get("return_token_ids"):
-            choice |= {"prompt_token_ids": prompt, "token_ids": [int(logits[-1].argmax())]}
+            choice |= {"prompt_token_ids": prompt, "token_ids": token_ids}
         answer = {"id": "cmpl-0", "object": "text_completion", "model": body["model"], "choices": [choice]}
         return 200, self.change(answer, prompt)
+
+    def _generate(self, ids: torch.Tensor, body: dict[str, Any]) -> tuple[list[int], int | None]:
+        """Tokens of the answer, and the one at which it stopped."""
+        token_ids: list[int] = []
+        generator = torch.Generator().manual_seed(body.get("seed", 0))
+        while len(token_ids) < body["max_tokens"]:
+            with self._lock, torch.no_grad():
+                logits = self.model(input_ids=ids).logits[0, -1]
+            if body["temperature"] == 0:
+                token = int(logits.argmax())
+            else:
+                token = int((logits / body["temperature"]).softmax(-1).multinomial(1, generator=generator))
+            token_ids.append(token)
+            if token in body.get("stop_token_ids", ()):
+                return token_ids, token
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        return token_ids, None
 
 
 class _HTTPServer(ThreadingHTTPServer):

@@ -11,9 +11,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, release_memory
 from datasets.utils import tqdm
 from filelock import FileLock, Timeout
+from transformers import PreTrainedModel
 
 from gift_trl.annotation.engine import balance, together
 from gift_trl.annotation.loading import check_scoring_model, load_scoring_model
+from gift_trl.annotation.server_client import ServerClient
 from gift_trl.evaluation.config import EvaluationConfig, ModelSpec
 from gift_trl.evaluation.generation import Completion, Request, TransformersEngine, plan_batches
 from gift_trl.evaluation.grading import check_metric, grade
@@ -33,12 +35,26 @@ from gift_trl.evaluation.results import (
     write_json,
     write_lines,
 )
+from gift_trl.evaluation.server_engine import ServerEngine
 from gift_trl.evaluation.tasks import TaskData, load_task_data
 
 
 logger = get_logger(__name__)
 
 _LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model and how it is reached."""
+
+    spec: ModelSpec
+    renderer: Renderer
+    server: ServerClient | None
+
+    @property
+    def name(self) -> str:
+        return self.renderer.name
 
 
 @dataclass(frozen=True)
@@ -82,17 +98,18 @@ def evaluate(config: EvaluationConfig, data: Sequence[TaskData] | None = None) -
     if data is None:
         with state.main_process_first():
             data = [load_task_data(task) for task in config.tasks]
-    runs = {name: _plan_model(name, spec, config, data) for name, spec in config.models.items()}
+    models = [_reach(name, spec, config) for name, spec in config.models.items()]
+    runs = {model.name: [_plan(model.renderer, one, config) for one in data] for model in models}
     with _locked(Path(config.output_dir)):
-        together(lambda: _prepare(config, data, runs) if state.is_main_process else None)
-        for name, spec in config.models.items():
-            if any(not run.generated for run in runs[name]):
-                _generate_model(name, spec, config, runs[name])
+        together(lambda: _prepare(config, data, models, runs) if state.is_main_process else None)
+        for model in models:
+            if not all(run.generated for run in runs[model.name]):
+                _generate_model(model, config, runs[model.name])
         if not state.is_main_process:
             return None
-        for name in config.models:
-            for run in runs[name]:
-                _grade(name, run)
+        for model in models:
+            for run in runs[model.name]:
+                _grade(model.name, run)
     return load_results(config.output_dir)
 
 
@@ -121,16 +138,30 @@ def regrade(output_dir: str) -> Results:
     return load_results(output_dir)
 
 
-def _plan_model(name: str, spec: ModelSpec, config: EvaluationConfig, data: Sequence[TaskData]) -> list[_Run]:
-    check_scoring_model(spec.model, **spec.tokenizer_kwargs)
+def _reach(name: str, spec: ModelSpec, config: EvaluationConfig) -> _Model:
+    """Finds what makes a model's prompts, and the server that holds it."""
+    server, max_length = None, spec.max_length
+    if config.engine == "vllm":
+        server = ServerClient(
+            spec.base_url or config.base_url,
+            model=spec.served_model_name,
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+            max_retries=config.max_retries,
+        )
+        served = server.identity
+        max_length = max_length or server.max_model_len
+        if Path(spec.model).name not in {Path(value).name for value in served.values()}:
+            logger.warning(
+                f"The server serves `{served['model']}` (from `{served['root']}`), and its answers are taken for those of "
+                f"`{name}`, which is `{spec.model}`. Make sure that it has loaded these weights."
+            )
+    else:
+        check_scoring_model(spec.model, **spec.tokenizer_kwargs)
     renderer = make_renderer(
-        name,
-        spec.model,
-        template_kwargs=spec.chat_template_kwargs,
-        max_length=spec.max_length,
-        **spec.tokenizer_kwargs,
+        name, spec.model, template_kwargs=spec.chat_template_kwargs, max_length=max_length, **spec.tokenizer_kwargs
     )
-    return [_plan(renderer, one, config) for one in data]
+    return _Model(spec, renderer, server)
 
 
 def _plan(renderer: Renderer, data: TaskData, config: EvaluationConfig) -> _Run:
@@ -165,16 +196,33 @@ def _plan(renderer: Renderer, data: TaskData, config: EvaluationConfig) -> _Run:
     return _Run(data, renderer, folder, requests, sorted(skipped, key=lambda skip: skip.problem))
 
 
-def _prepare(config: EvaluationConfig, data: Sequence[TaskData], runs: dict[str, list[_Run]]) -> None:
-    models = {name: describe_model(spec, runs[name][0].renderer, config) for name, spec in config.models.items()}
-    prepare_folder(Path(config.output_dir), config, models, {one.task.name: describe_task(one) for one in data})
+def _prepare(
+    config: EvaluationConfig, data: Sequence[TaskData], models: list[_Model], runs: dict[str, list[_Run]]
+) -> None:
+    entries = {
+        model.name: describe_model(model.spec, model.renderer, config, model.server and model.server.identity)
+        for model in models
+    }
+    prepare_folder(Path(config.output_dir), config, entries, {one.task.name: describe_task(one) for one in data})
     for run in (run for several in runs.values() for run in several):
         write_lines(run.folder / SKIPPED_FILE, run.skipped)
 
 
-def _generate_model(name: str, spec: ModelSpec, config: EvaluationConfig, runs: list[_Run]) -> None:
-    dtype = spec.dtype or config.dtype
-    load_kwargs = {"revision": spec.revision, "dtype": dtype, **spec.init_kwargs}
+def _generate_model(model: _Model, config: EvaluationConfig, runs: list[_Run]) -> None:
+    stop_ids = model.renderer.stop_ids
+    if model.server is not None:
+        engine, tokens_per_batch = ServerEngine(model.server, stop_ids), 1  # it makes its own batches
+    else:
+        engine, tokens_per_batch = TransformersEngine(_load(model.spec, config), stop_ids), config.tokens_per_batch
+    for run in runs:
+        if not run.generated:
+            _generate(model.name, engine, run, tokens_per_batch)
+    del engine
+    release_memory()
+
+
+def _load(spec: ModelSpec, config: EvaluationConfig) -> PreTrainedModel:
+    load_kwargs = {"revision": spec.revision, "dtype": spec.dtype or config.dtype, **spec.init_kwargs}
     if config.use_cpu:
         load_kwargs["device_map"] = None
     model, sharded = load_scoring_model(spec.model, load_kwargs)
@@ -183,15 +231,10 @@ def _generate_model(name: str, spec: ModelSpec, config: EvaluationConfig, runs: 
             "Under DeepSpeed ZeRO-3 each process holds a part of the weights, and none can generate by itself: launch with DDP, "
             "or one process, which spreads the model over its GPUs."
         )
-    engine = TransformersEngine(model, runs[0].renderer.stop_ids)
-    for run in runs:
-        if not run.generated:
-            _generate(name, engine, run, config.tokens_per_batch)
-    del model, engine
-    release_memory()
+    return model
 
 
-def _generate(name: str, engine: TransformersEngine, run: _Run, tokens_per_batch: int) -> None:
+def _generate(name: str, engine: TransformersEngine | ServerEngine, run: _Run, tokens_per_batch: int) -> None:
     state = PartialState()
     before = TaskResults(name, run.data.task.name, run.folder).timing.get("seconds", 0.0)
     done = [read_done(run.folder) if state.is_main_process else None]
