@@ -1,10 +1,12 @@
 """`gift-trl train`: annotate if needed, train the adapter, save it, merge it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     from gift_trl.scripts.arguments import GIFTScriptArguments, MergeArguments
@@ -81,22 +83,39 @@ def train(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if merge_args.merge_output_dir is not None:
-        trainer.accelerator.wait_for_everyone()
-        if trainer.accelerator.is_main_process:
-            from gift_trl.merging import merge_adapter
-
-            report = merge_adapter(
-                training_args.output_dir,
-                training_args.instruct_model_name_or_path,
-                merge_args.merge_output_dir,
-                instruct_model_revision=training_args.instruct_model_revision,
-                scale=merge_args.merge_scale,
-                saved_modules=merge_args.merge_saved_modules,
-                overwrite=merge_args.merge_overwrite,
-            )
-            print(report.summary())
-        trainer.accelerator.wait_for_everyone()
+        _on_main_process(trainer.accelerator, lambda: _merge(training_args, merge_args))
     trainer.end()
+
+
+def _merge(training_args: "GIFTConfig", merge_args: "MergeArguments") -> None:
+    from gift_trl.merging import merge_adapter
+
+    report = merge_adapter(
+        training_args.output_dir,
+        training_args.instruct_model_name_or_path,
+        merge_args.merge_output_dir,
+        instruct_model_revision=training_args.instruct_model_revision,
+        scale=merge_args.merge_scale,
+        saved_modules=merge_args.merge_saved_modules,
+        overwrite=merge_args.merge_overwrite,
+    )
+    print(report.summary())
+
+
+def _on_main_process(accelerator: "Accelerator", work: Callable[[], None]) -> None:
+    """Does something on the main process; if it fails there, the others end too, instead of waiting for it."""
+    from accelerate.utils import broadcast_object_list
+
+    accelerator.wait_for_everyone()
+    done = [False]
+    try:
+        if accelerator.is_main_process:
+            work()
+            done = [True]
+    finally:
+        broadcast_object_list(done)
+    if not done[0]:
+        raise SystemExit(1)  # the main process has said why
 
 
 def set_accumulation_steps(script_args: "GIFTScriptArguments", training_args: "GIFTConfig") -> None:

@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig
 
-from gift_trl import GIFTConfig
+from gift_trl import GIFTConfig, merge_adapter
 from gift_trl.annotation import load_annotated_dataset, read_provenance
 from gift_trl.scripts import annotate, train
 from gift_trl.scripts.arguments import GIFTScriptArguments
 from gift_trl.scripts.data import load_recipe_datasets
+from gift_trl.scripts.recipes import recipes_folder
+
+
+WORKER = Path(__file__).parents[1] / "distributed" / "command_worker.py"
 
 
 def test_one_run_annotates_trains_and_merges(recipe, pair, tmp_path):
@@ -182,3 +186,32 @@ def test_two_processes_train_what_one_does(recipe, tmp_path):
     difference = sum((two[name].double() - value.double()).square().sum() for name, value in one.items()).sqrt()
     assert difference / sum(value.double().square().sum() for value in one.values()).sqrt() < 1e-6
     assert (tmp_path / "merged2" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outcome", ["merged", "failed"])
+@pytest.mark.parametrize(("config", "distributed_type"), [("zero3", "DEEPSPEED"), ("fsdp2", "FSDP")])
+def test_merge_after_training_in_several_processes(recipe, pair, tmp_path, config, distributed_type, outcome):
+    # What is empty when it is checked before the training, and is not when it is time to merge
+    failing = {"annotation_cache_dir": str(tmp_path / "merged")} if outcome == "failed" else {}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(recipes_folder() / "accelerate_configs" / f"{config}.yaml"), "--mixed_precision", "no"]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(WORKER), str(tmp_path), config]
+    command += ["--config", recipe(max_steps=1, **failing)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    notes = [json.loads((tmp_path / f"process{rank}.json").read_text()) for rank in range(2)]
+    for note in notes:
+        assert (note["distributed_type"], note["num_processes"]) == (distributed_type, 2)
+        assert note["status"] == (1 if outcome == "failed" else 0)
+    if outcome == "failed":
+        assert done.returncode != 0
+        assert done.stderr.count("error: ") == 1 and "exists and is not empty" in done.stderr
+        assert not (tmp_path / "merged" / "config.json").exists()
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = merge_adapter(tmp_path / "adapter", pair[1], tmp_path / "alone")
+    assert report.num_changed > 0
+    merged, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "alone"))
+    assert merged.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.equal(merged[name].view(torch.uint8), value.view(torch.uint8)), name
