@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "let models answer tasks, grade the answers, and keep them all",
     "quickstart": "see the whole method at work on a tiny model pair, in minutes on a CPU",
     "lab": "the effect experiment on tiny pairs: every method over seeds, noise, learning rates and data sizes",
+    "recipe": "write a recipe for a pair of models that has none",
     "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",
 }
 _DEBUG = "GIFT_TRL_DEBUG"

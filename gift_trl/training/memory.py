@@ -100,7 +100,7 @@ def estimate_memory(
     """
     weights = _weight_bytes(model, load_in_4bit)
     element = 2 if load_in_4bit else 4
-    parameters = gradients = element * adapter_size(model, target_modules, rank)
+    parameters = gradients = float(element * adapter_size(model, target_modules, rank))
     moments = 2 * parameters
     if zero_stage >= 1:
         moments /= processes
