@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types package clean
+.PHONY: quickstart test test-lowest lint types docs package clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gift-trl quickstart
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest
+
+test-lowest:
+	.ci/test_lowest $(PYTHON)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -18,6 +21,9 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheel and the sdist, and the wheel tried in an empty environment
 package: $(VENV)/.installed-dev
@@ -35,8 +41,8 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,evaluation,quantization,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,docs,evaluation,quantization,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) .venv-lowest dist site
