@@ -34,7 +34,8 @@ class GIFTScriptArguments(ScriptArguments):
         completion_template (`str`, *optional*):
             The answer as such a text, in place of `completion_column`.
         completion_choices (`list[str]`, *optional*):
-            Texts that the numbers 0, 1, 2, ... in `completion_column` stand for, such as the letters of choices.
+            Texts that the numbers 0, 1, 2, ... in `completion_column` stand for, such as the letters of choices. With it,
+            `completion_template` may be set too, and fills in that text for the column.
         skip_empty_rows (`bool`, *optional*, defaults to `False`):
             Whether to leave out rows that have no text in one of these columns, and say how many. Without it, the first
             one is an error.
@@ -103,7 +104,8 @@ class GIFTScriptArguments(ScriptArguments):
 
     def __post_init__(self):
         for name in ("prompt", "completion"):
-            if getattr(self, f"{name}_column") and getattr(self, f"{name}_template"):
+            combined = name == "completion" and self.completion_choices is not None
+            if getattr(self, f"{name}_column") and getattr(self, f"{name}_template") and not combined:
                 raise ValueError(f"`{name}_column` and `{name}_template` both say what the {name} is. Keep one.")
         has_prompt, has_completion = (
             bool(getattr(self, f"{name}_column") or getattr(self, f"{name}_template"))
@@ -122,6 +124,15 @@ class GIFTScriptArguments(ScriptArguments):
             )
         if self.completion_choices is not None and self.completion_column is None:
             raise ValueError("`completion_choices` says what numbers in `completion_column` mean, which is not set.")
+        if (
+            self.completion_choices
+            and self.completion_template
+            and f"{{{self.completion_column}}}" not in self.completion_template
+        ):
+            raise ValueError(
+                f"`completion_choices` says what numbers in `{self.completion_column}` mean, and `completion_template` does not "
+                f"name that column: write `{{{self.completion_column}}}` in it, or unset `completion_choices`."
+            )
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = _parse_mapping("chat_template_kwargs", self.chat_template_kwargs)
         for name in ("max_samples", "global_batch_size"):

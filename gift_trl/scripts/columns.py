@@ -105,12 +105,14 @@ def _reader(
     column: str | None, template: str | None, choices: list[str] | None = None
 ) -> tuple[list[str], Callable[[dict[str, Any]], str]]:
     """The columns that a text is made of, and what makes it of a row."""
-    if template is not None:
-        names = template_columns(template)
-        return names, lambda row: template.format_map({name: _text(row, name) for name in names})
-    if choices is not None:
-        return [column], lambda row: _choice(row, column, choices)
-    return [column], lambda row: _text(row, column)
+
+    def text(row: dict[str, Any], name: str) -> str:
+        return _choice(row, name, choices) if choices is not None and name == column else _text(row, name)
+
+    if template is None:
+        return [column], lambda row: text(row, column)
+    names = template_columns(template)
+    return names, lambda row: template.format_map({name: text(row, name) for name in names})
 
 
 def template_columns(template: str) -> list[str]:

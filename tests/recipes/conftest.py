@@ -31,8 +31,8 @@ def published(tmp_path_factory) -> dict[str, str]:
     Dataset.from_list(problems).save_to_disk(folder / "math")
     texts = ("id", "question", "opa", "opb", "opc", "opd", "choice_type", "exp")
     features = Features({name: Value("string") for name in texts} | {"cop": ClassLabel(names=["a", "b", "c", "d"])})
-    row = dict.fromkeys(texts, "Two.") | {"question": "How many?", "cop": 2, "exp": None}
-    rows = [row, {**row, "cop": 0}, {**row, "opd": None}]  # the last one cannot be asked
+    row = dict.fromkeys(texts, "Two.") | {"question": "How many?", "cop": 2}
+    rows = [row, {**row, "cop": 0}, {**row, "opd": None}, {**row, "exp": None}]  # of which the first two are used
     Dataset.from_list(rows, features=features).save_to_disk(folder / "medical")
     task = {"task_name": "t", "id": "1", "definition": "Summarise it.", "inputs": "A long text.", "targets": "Text."}
     (folder / "summaries" / "train").mkdir(parents=True)

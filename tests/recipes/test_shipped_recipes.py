@@ -138,15 +138,15 @@ def test_data_is_mapped(task, rows, models, with_tiny_pair):
             "It is $\\boxed{2}$.",
         ),
         "medical": (
-            "How many?\nA. Two.\nB. Two.\nC. Two.\nD. Two.\n\nAnswer with the letter of the right choice.",
-            None,
+            'How many?\n\nA. Two.\nB. Two.\nC. Two.\nD. Two.\n\nPlease reason step by step, and end with "The answer is X.", '
+            "where X is the letter of the right choice.",
+            "Two.\n\nThe answer is C.",
         ),
         "summaries": ("Summarise it.\n\nA long text.", "Text."),
     }[task]
     assert row["prompt"][0] == {"role": "system", "content": "You are a helpful assistant."}
     assert row["prompt"][1] == {"role": "user", "content": asked[0]}
-    answers = {row["completion"][0]["content"] for row in found}
-    assert asked[1] in answers if asked[1] else answers == {"A", "C"}
+    assert asked[1] in [row["completion"][0]["content"] for row in found]
 
 
 @pytest.mark.parametrize("name", [name for name, model in SHIPPED.items() if "template" in model])

@@ -42,6 +42,8 @@ def test_choices_become_a_question_and_a_letter():
 def test_an_answer_of_several_columns():
     settings = GIFTScriptArguments(prompt_column="question", completion_template="{opb} {opa}")
     assert map_columns(choices(), settings)[0]["completion"][0]["content"] == "No Yes"
+    settings = GIFTScriptArguments(**SETTINGS, completion_template="{opa}, so it is {cop}.")
+    assert map_columns(choices(), settings)[1]["completion"][0]["content"] == "Yes, so it is B."
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,8 @@ def test_incomplete_rows_stop_or_are_left_out(changes, reason, caplog):
         ({"prompt_template": "{opz}"}, "and no column `opz`"),
         ({"prompt_column": "question"}, "both say what the prompt is"),
         ({"completion_column": None}, "belong together"),
+        ({"completion_template": "{opa}"}, "does not name that column: write `{cop}` in it"),
+        ({"completion_choices": None, "completion_template": "{cop}"}, "both say what the completion is"),
         ({"completion_column": None, "completion_template": "{cop}"}, "in `completion_column` mean, which is not set"),
         ({"chat_template_kwargs": "thinking"}, "is no JSON"),
         ({"chat_template_kwargs": "[1]"}, "write a JSON object"),
