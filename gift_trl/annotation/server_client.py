@@ -4,7 +4,7 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from json import loads
@@ -127,7 +127,7 @@ class ServerClient:
 
     def map(
         self, ask: Callable[[Item, threading.Event], Answer], items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Answer]]:
+    ) -> Generator[tuple[Item, Answer], None, None]:
         """
         Asks about items, a bounded number of them at a time.
 
