@@ -136,7 +136,48 @@ def _conclusions(experiment: Experiment, mixes: list[str], rates: list[float], s
             + ", ".join(f"{name} {stress[name].against_instruct}" for name in COLORS if name in stress)
             + " points from the instruct model."
         )
+    return sentences + _weighting_conclusions(experiment, mixes, rates, size)
+
+
+def _weighting_conclusions(experiment: Experiment, mixes: list[str], rates: list[float], size: int) -> list[str]:
+    """A sentence per weighting: where it is above plain q, above the instruct model, above both, and below plain q."""
+    found: dict[str, dict[str, list[str]]] = {}
+    names = {treatment.name for treatment in VARIANTS}
+    for mix in mixes:
+        for rate in rates:
+            rows = {row.method: row for row in shared_rows(experiment, mix, rate, size)}
+            for name in (rows.keys() & names) if "GIFT" in rows else ():
+                row, setting = rows[name], f"{mix} {rate:g}"
+                by_gift, by_instruct = row.against(rows["GIFT"]).verdict, row.against_instruct.verdict
+                places = found.setdefault(
+                    name, {"all": [], "above q": [], "above instruct": [], "both": [], "below q": []}
+                )
+                places["all"].append(setting)
+                if by_gift == "above":
+                    places["above q"].append(setting)
+                if by_instruct == "above":
+                    places["above instruct"].append(setting)
+                if by_gift == by_instruct == "above":
+                    places["both"].append(setting)
+                if by_gift == "below":
+                    places["below q"].append(setting)
+    sentences = [
+        f"Weights {name!r} in {len(places['all'])} settings at scale 1, beyond error: above GIFT in "
+        f"{_listed(places['above q'])}; above the instruct model in {_listed(places['above instruct'])}; above both in "
+        f"{_listed(places['both'])}; below GIFT in {_listed(places['below q'])}."
+        for treatment in VARIANTS
+        if (places := found.get(name := treatment.name))
+    ]
+    if found:
+        winners = [name for name, places in found.items() if places["both"] and not places["below q"]]
+        sentences.append(
+            f"Weights that beat both plain q and the instruct model somewhere and lose to q nowhere: {_listed(winners)}."
+        )
     return sentences
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _shared_section(experiment: Experiment, mixes: list[str], rates: list[float], size: int) -> Section:

@@ -2,9 +2,16 @@
 
 import argparse
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gift_trl.scripts.cli import ExampleHelpFormatter
+
+
+if TYPE_CHECKING:
+    from gift_trl.lab.experiment import Treatment
 
 
 _DESCRIPTION = """\
@@ -16,6 +23,7 @@ _EPILOG = """\
 example:
   gift-trl lab --seeds 3 4 5 6 7 --workers 8 --output_dir outputs/lab
   gift-trl lab --seeds 0 1 2 --exponents --variants --sizes 512 --output_dir outputs/lab_weights
+  gift-trl lab --seeds 8 9 10 11 12 --methods Shadow-FT GIFT --variants window "floor 0.3" --sizes 512
 
 mixes: see `gift-trl quickstart --help`; Z has no noise in the references, A5 some, A much.
 """
@@ -42,8 +50,12 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--exponents", action="store_true", help="GIFT with the exponents 0.5 and 2, too")
     parser.add_argument(
-        "--variants", action="store_true", help="other weights than q, too: floors, smoothing, temperature"
+        "--variants",
+        nargs="*",
+        metavar="NAME",
+        help="other weights than q, too: floors, smoothing, temperature; all of them, or those that are named",
     )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods of the paper (default: all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes side by side")
     parser.add_argument("--output_dir", default="outputs/lab", help="folder of the runs and the report")
     parser.add_argument(
@@ -69,21 +81,30 @@ def main(argv: list[str] | None = None) -> None:
 
     for seed in options.seeds:
         check_seed(seed)
+    treatments = (
+        *_named(TREATMENTS, options.methods, "--methods"),
+        *(EXPONENTS if options.exponents else ()),
+        *(() if options.variants is None else _named(VARIANTS, options.variants or None, "--variants")),
+    )
     silence_libraries()
     folder = Path(options.output_dir)
     if not options.report_only:
         args, peft_config = load_recipe()
         cells = list(make_grid(options.seeds, options.mixes, options.learning_rates, options.sizes))
-        treatments = (
-            *TREATMENTS,
-            *(EXPONENTS if options.exponents else ()),
-            *(VARIANTS if options.variants else ()),
-        )
         run_experiment(cells, treatments, args, peft_config, folder, num_workers=options.workers)
-    command = f"gift-trl lab --output_dir {folder.name}" if argv is None else f"gift-trl lab {' '.join(argv)}"
+    command = f"gift-trl lab --output_dir {folder.name}" if argv is None else f"gift-trl lab {shlex.join(argv)}"
     for sentence in write_experiment_report(load_experiment(folder), folder, command=command):
         print(f"- {sentence}")
     print(f"Report: {folder / PAGE_FILE}")
+
+
+def _named(treatments: Sequence["Treatment"], names: Sequence[str] | None, option: str) -> Sequence["Treatment"]:
+    known = {treatment.name: treatment for treatment in treatments}
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(
+            f"`{option}` names {', '.join(map(repr, unknown))}: choose from {', '.join(map(repr, known))}."
+        )
+    return treatments if names is None else [known[name] for name in names]
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from gift_trl.lab.experiment_report import write_experiment_report
 from gift_trl.lab.pair import PairSettings
 from gift_trl.lab.summary import Estimate, best_rows, shared_rows
 from gift_trl.lab.weightings import Row, relative_to_base, smooth_over_answer, smooth_over_steps, trust_by_answer
+from gift_trl.scripts import lab
 from gift_trl.scripts.quickstart import load_recipe
 
 
@@ -66,6 +67,8 @@ def test_a_grid_runs_once_and_is_reported(experiment_dir, monkeypatch):
 
     sentences = write_experiment_report(experiment, experiment_dir, command="gift-trl lab")
     assert any("GIFT is" in sentence for sentence in sentences)
+    assert any(sentence.startswith("Weights 'trust' in 2 settings") for sentence in sentences)
+    assert sentences[-1].startswith("Weights that beat both plain q and the instruct model")
     page = (experiment_dir / "lab.html").read_text()
     assert "LoRE-Adapt" in page and str(experiment_dir) not in page
     assert "## The scale of the update" in (experiment_dir / "lab.md").read_text()
@@ -79,6 +82,14 @@ def test_a_grid_runs_once_and_is_reported(experiment_dir, monkeypatch):
         "data_size.png",
         "signal.png",
     }
+
+
+def test_methods_and_weights_are_chosen_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"`--variants` names 'windows': choose from .*'window'"):
+        lab.main(["--output_dir", str(tmp_path / "lab"), "--variants", "windows"])
+    with pytest.raises(ValueError, match="`--methods` names 'SFT': choose from 'Instruct-SFT', 'Shadow-FT'"):
+        lab.main(["--output_dir", str(tmp_path / "lab"), "--methods", "SFT", "GIFT"])
+    assert not (tmp_path / "lab").exists()
 
 
 def test_weightings_against_their_formulas():
