@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/gift-trl quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 2 --dist loadfile
 
 test-lowest:
 	.ci/test_lowest $(PYTHON)

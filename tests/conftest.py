@@ -7,6 +7,8 @@ import tempfile
 # Set before any Hugging Face library is imported: no test talks to the Hub or fills the user's cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="gift_trl_tests_"))
+if _worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each process of the tests has its own
+    os.environ["HF_HOME"] = os.path.join(os.environ["HF_HOME"], _worker)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
