@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gift_trl.evaluation.results import load_results
+from gift_trl.lab.evaluation import read_scores
+
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def test_tutorial(tmp_path):
     page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    assert [language for language, _ in blocks].count("bash") == 5
+    assert [language for language, _ in blocks].count("bash") == 6
     command = tmp_path / "bin" / "gift-trl"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m gift_trl.scripts.cli "$@"\n')
@@ -35,6 +38,15 @@ def test_tutorial(tmp_path):
     confidences = [float(line.split()[-1]) for line in outputs[2].splitlines()]
     assert len(confidences) > 5 and all(0 <= q <= 1 for q in confidences)
     assert "14 of 20 tensors updated" in outputs[5] and "within the bounds" in outputs[5]
-    assert "7" in outputs[6]
-    for name in ("quickstart/report.html", "annotated.html", "shadow_merged/model.safetensors", "merged/kinship.png"):
+    results = load_results(tmp_path / "outputs" / "quickstart" / "results")
+    assert {"instruct", "GIFT@A-3e-3", "GIFT-by-hand"} <= set(results.models) and results.missing == ()
+    assert read_scores(results, "GIFT-by-hand") == read_scores(results, "GIFT@A-3e-3")
+    assert "7" in outputs[7]
+    for name in (
+        "quickstart/report.html",
+        "report/report.html",
+        "annotated.html",
+        "shadow_merged/model.safetensors",
+        "merged/kinship.png",
+    ):
         assert (tmp_path / "outputs" / name).is_file()

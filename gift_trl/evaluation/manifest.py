@@ -142,13 +142,18 @@ def prepare_folder(
     write_config(
         folder,
         {
-            "models": {**models, **{name: entry for name, entry in known["models"].items() if name not in models}},
-            "tasks": {**tasks, **{name: entry for name, entry in known["tasks"].items() if name not in tasks}},
+            "models": _joined(known["models"], models),
+            "tasks": _joined(known["tasks"], tasks),
             "baseline": config.baseline or known.get("baseline") or next(iter(models)),
             **general,
             "versions": versions,
         },
     )
+
+
+def _joined(known: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """In the order of the configuration if it names all there are, else what is added after what is there."""
+    return {**named} if named.keys() >= known.keys() else {**known, **named}
 
 
 def _answered(folder: Path, known: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """
-Instruct-SFT, Shadow-FT, GIFT-BaseT and GIFT as settings of one recipe, run with the library's own three stages.
+Instruct-SFT, Shadow-FT, GIFT-BaseT and GIFT as settings of one recipe, run with the library's own stages, from annotation
+to evaluation.
 """
 
 import copy
@@ -7,18 +8,22 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
 from gift_trl.annotation import annotate_dataset
+from gift_trl.evaluation.config import EvaluationConfig, ModelSpec
+from gift_trl.evaluation.run import evaluate
+from gift_trl.evaluation.tasks import TaskData, load_task_data
 from gift_trl.lab.corpora import make_target_examples
-from gift_trl.lab.evaluation import EvaluationSet, Scores, evaluate_model, make_evaluation_set
+from gift_trl.lab.evaluation import EvaluationSet, Scores, make_evaluation_set, read_scores
 from gift_trl.lab.learning_signal import pick_example, signal_shares, token_shares
 from gift_trl.lab.progress import progress_display
 from gift_trl.lab.results import Comparison, MethodResult, Setting, SettingResult
@@ -81,6 +86,7 @@ def run_comparison(
     settings: Sequence[Setting],
     args: GIFTConfig,
     peft_config: LoraConfig,
+    evaluation: EvaluationConfig,
     *,
     seed: int,
     num_examples: int = 512,
@@ -88,7 +94,8 @@ def run_comparison(
     progress: Progress | None = None,
 ) -> Comparison:
     """
-    Annotates, trains, merges and evaluates every method in every setting.
+    Annotates, trains, merges and evaluates every method in every setting. Every answer is kept in the folder of the
+    evaluation.
 
     Args:
         pair (`tuple[str, str]`):
@@ -99,12 +106,16 @@ def run_comparison(
             The recipe. Models, learning rate, seed, output folder and what a method changes are filled in.
         peft_config ([`~peft.LoraConfig`]):
             The adapter.
+        evaluation ([`~gift_trl.evaluation.EvaluationConfig`]):
+            Its tasks, [`~gift_trl.lab.evaluation.TASKS`], on the questions as
+            [`~gift_trl.lab.evaluation.write_questions`] writes them, and its folder. The models are filled in: `instruct`,
+            `base`, and the others by [`Setting.model_name`].
         seed (`int`):
             Seed of the data and of the training.
         num_examples (`int`, *optional*, defaults to `512`):
             Number of training examples.
         evaluation_set ([`EvaluationSet`], *optional*):
-            Questions to evaluate on. Defaults to [`make_evaluation_set`]'s.
+            Those questions, which are left out of the training data. Defaults to [`make_evaluation_set`]'s.
         progress ([`~rich.progress.Progress`], *optional*):
             Display to report to. Defaults to one of its own.
 
@@ -116,13 +127,15 @@ def run_comparison(
     evaluation_set = evaluation_set or make_evaluation_set()
     models = {"base": str(pair[0]), "instruct": str(pair[1])}
     tokenizer = AutoTokenizer.from_pretrained(models["instruct"])
+    asked = _Asked(evaluation, tuple(load_task_data(task) for task in evaluation.tasks))
     mixes = list(dict.fromkeys(setting.mix for setting in settings))
     with progress_display(progress) as display:
         task = display.add_task("Comparing", total=2 + 2 * len(mixes) + len(METHODS) * len(settings))
         scores = {}
-        for name, folder in models.items():
+        # The instruct model first: with it the others are compared
+        for name in ("instruct", "base"):
             display.update(task, description=f"Evaluating the {name} model")
-            scores[name] = _evaluate_folder(folder, tokenizer, evaluation_set)
+            scores[name] = asked.evaluate(name, models[name])
             display.advance(task)
         # The two annotations of a mix serve all methods and learning rates: weights are made from them in the trainer.
         annotated: dict[str, dict[str, Dataset]] = {mix: {} for mix in mixes}
@@ -144,10 +157,9 @@ def run_comparison(
                     seed=seed,
                     **method.changes,
                 )
+                answer = partial(asked.evaluate, setting.model_name(method.name))
                 outcomes.append(
-                    _run_method(
-                        method, run_args, peft_config, models, annotated[setting.mix], tokenizer, evaluation_set
-                    )
+                    _run_method(method, run_args, peft_config, models, annotated[setting.mix], tokenizer, answer)
                 )
                 display.advance(task)
             results.append(SettingResult(setting, token_shares(annotated[setting.mix]["instruct"]), tuple(outcomes)))
@@ -179,8 +191,17 @@ def make_target_dataset(
     return make_target_examples(mix, seed, num_examples, held_out)
 
 
-def _evaluate_folder(folder: str, tokenizer: PreTrainedTokenizerBase, evaluation_set: EvaluationSet) -> Scores:
-    return evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, evaluation_set)
+@dataclass(frozen=True)
+class _Asked:
+    """The evaluation, and the data of its tasks, read once."""
+
+    config: EvaluationConfig
+    data: tuple[TaskData, ...]
+
+    def evaluate(self, name: str, folder: str) -> Scores:
+        """Adds a model to the results."""
+        config = dataclasses.replace(self.config, models={name: ModelSpec(folder)})
+        return read_scores(evaluate(config, self.data), name)
 
 
 def _run_method(
@@ -190,7 +211,7 @@ def _run_method(
     models: dict[str, str],
     annotated: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
-    evaluation_set: EvaluationSet,
+    evaluate_folder: Callable[[str], Scores],
 ) -> MethodResult:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gift_trl_") as work_dir:
@@ -207,7 +228,7 @@ def _run_method(
         training_loss = trainer.train().training_loss
         trainer.save_model(adapter)
         merge_adapter(adapter, models["instruct"], merged)
-        scores = _evaluate_folder(merged, tokenizer, evaluation_set)
+        scores = evaluate_folder(merged)
     signal = signal_shares(
         annotated["instruct"],
         weighted_by=annotated[args.annotator],

@@ -1,14 +1,21 @@
 """
-Evaluation of the lab's models: greedy answers in the chat layout, scored by exact match on held-out problems.
+The held-out questions of the lab, and what models get right of them.
+
+The quick start asks them through `gift-trl evaluate`, as tasks on files (recipes/quickstart/evaluation.yaml). The experiment,
+which asks a thousand models, draws the same answers from models in memory and keeps only what was right.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gift_trl.evaluation.generation import Request, TransformersEngine
+from gift_trl.evaluation.results import Results
+from gift_trl.evaluation.tasks import Sampling
 from gift_trl.lab.corpora import corpus_rng, make_target_problem
 from gift_trl.lab.problems import ANSWER_MARK, RETENTION_TASKS, Problem, make_list_task, make_problem
 
@@ -16,6 +23,8 @@ from gift_trl.lab.problems import ANSWER_MARK, RETENTION_TASKS, Problem, make_li
 # The evaluation sets are the same for every model and every seed of the pair.
 _TARGET_SEED, _RETENTION_SEED, _SHORT_SEED = 777, 778, 779
 _PROBLEM_TOKENS, _LIST_TASK_TOKENS = 64, 18
+# Names of the tasks of target, short and retention in an evaluation, and of their files
+TASKS = ("long_problems", "short_problems", "list_tasks")
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,49 @@ def make_evaluation_set(num_target: int = 600, num_short: int = 200, num_per_tas
     )
 
 
+def write_questions(evaluation_set: EvaluationSet, folder: Path) -> None:
+    """
+    Writes the questions as the data of the `TASKS`, one JSON-lines file each.
+
+    Args:
+        evaluation_set ([`EvaluationSet`]):
+            The questions.
+        folder (`Path`):
+            Existing folder.
+    """
+    problems = [
+        [{"question": problem.question, "answer": str(problem.answer)} for problem in several]
+        for several in (evaluation_set.target, evaluation_set.short)
+    ]
+    # Of a sum, what counts is its result, which the mark tells from the answer to a list task
+    list_tasks = [
+        {
+            "kind": kind,
+            "question": question,
+            "answer": f"{ANSWER_MARK} {final_number(answer)}" if kind == "calc" else answer,
+        }
+        for kind, question, answer in evaluation_set.retention
+    ]
+    for name, rows in zip(TASKS, (*problems, list_tasks), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def read_scores(results: Results, model: str) -> Scores:
+    """
+    What a model got right in an evaluation on the files of [`write_questions`].
+
+    Args:
+        results ([`~gift_trl.evaluation.results.Results`]):
+            The results.
+        model (`str`):
+            Name of the model in them.
+
+    Returns:
+        [`Scores`]: What it got right.
+    """
+    return Scores(*(tuple(score == 1 for (score,) in results.runs[model, task].scores.values()) for task in TASKS))
+
+
 def evaluate_model(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
@@ -124,7 +176,6 @@ def evaluate_model(
     return Scores(tuple(solved[:num_target]), tuple(solved[num_target:]), tuple(retained))
 
 
-@torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
@@ -134,13 +185,13 @@ def generate_answers(
     batch_size: int = 256,
 ) -> list[str]:
     """
-    Answers questions greedily, each as the only message of a chat.
+    Answers questions greedily, each as the only message of a chat, with the engine of `gift-trl evaluate`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with the chat template and left padding.
+            Its tokenizer, with the chat template.
         questions (`Sequence[str]`):
             The questions.
         max_new_tokens (`int`):
@@ -151,19 +202,18 @@ def generate_answers(
     Returns:
         `list[str]`: The answers, without special tokens, in the order of the questions.
     """
-    model.eval()
     prompts = processing_class.apply_chat_template(
         [[{"role": "user", "content": question}] for question in questions], add_generation_prompt=True
     )["input_ids"]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    requests = [Request("lab", index, 0, 0, ids, max_new_tokens) for index, ids in enumerate(prompts)]
+    requests.sort(key=lambda request: len(request.prompt_ids))
+    batches = [requests[first : first + batch_size] for first in range(0, len(requests), batch_size)]
+    engine = TransformersEngine(model, [processing_class.eos_token_id])
     answers = [""] * len(prompts)
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        batch = processing_class.pad({"input_ids": [prompts[row] for row in rows]}, return_tensors="pt")
-        generated = model.generate(**batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
-        texts = processing_class.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text
+    for batch in engine.generate(batches, Sampling(max_new_tokens, temperature=0)):
+        texts = processing_class.batch_decode([completion.ids for _, completion in batch], skip_special_tokens=True)
+        for (request, _), text in zip(batch, texts, strict=True):
+            answers[request.problem] = text
     return answers
 
 

@@ -22,8 +22,16 @@ class Setting:
     learning_rate: float
 
     def __str__(self) -> str:
+        return f"mix {self.mix}, learning rate {self._rate}"
+
+    def model_name(self, method: str) -> str:
+        """Name of the model a method makes in this setting, in the results of the evaluation: `GIFT@A-3e-3`."""
+        return f"{method}@{self.mix}-{self._rate}"
+
+    @property
+    def _rate(self) -> str:
         mantissa, exponent = f"{self.learning_rate:.0e}".split("e")
-        return f"mix {self.mix}, learning rate {mantissa}e{int(exponent)}"
+        return f"{mantissa}e{int(exponent)}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`gift-trl quickstart`: the whole method on a tiny model pair, compared with its baselines, in minutes on a CPU."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from rich.console import Console
 
+    from gift_trl.evaluation.config import EvaluationConfig
     from gift_trl.lab.results import Comparison
     from gift_trl.training import GIFTConfig
 
@@ -22,8 +24,8 @@ MIXES = ("A", "A5", "B", "Z")
 _DESCRIPTION = """\
 Makes a tiny base and instruct model (cached for the next time), then annotates, trains, merges and evaluates GIFT and
 its baselines as settings of one recipe, recipes/quickstart/gift.yaml. Prints a table and writes report.html,
-comparison.png and results.json to the output folder, with the models and the training data, so that
-`gift-trl train --config recipes/quickstart/gift.yaml` runs from there.
+comparison.png and results.json to the output folder, with every answer (results, for `gift-trl report`), the models and
+the data, so that `gift-trl train --config recipes/quickstart/gift.yaml` runs from there.
 """
 _EPILOG = """\
 example:
@@ -36,7 +38,7 @@ mixes of the training data's reference answers:
   Z   all in the instruct model's own style, none wrong
 """
 # All that the command writes, so that replacing an earlier result removes nothing else.
-_WRITTEN = {"base", "instruct", "data", "report.html", "comparison.png", "results.json"}
+_WRITTEN = {"base", "instruct", "data", "results", "report.html", "comparison.png", "results.json"}
 # The stress case, a smaller learning rate on the same data, and clean data: None stands for the recipe's learning rate.
 _DEFAULT_SETTINGS: tuple[tuple[str, float | None], ...] = (("A", None), ("A", 1e-3), ("Z", None))
 
@@ -114,11 +116,26 @@ def load_recipe() -> tuple["GIFTConfig", "PeftConfig"]:
     return args, get_peft_config(model_args)
 
 
+def load_evaluation(folder: Path) -> "EvaluationConfig":
+    """The quick start's tasks, as `gift-trl evaluate` takes them, with their questions and their results in `folder`."""
+    from gift_trl.scripts.evaluate import config_of, make_parser
+    from gift_trl.scripts.recipes import recipes_folder
+
+    recipe = recipes_folder() / "quickstart" / "evaluation.yaml"
+    (arguments,) = make_parser().parse_args_and_config(["--config", str(recipe)])
+    config = config_of(arguments)
+    tasks = (
+        dataclasses.replace(task, dataset=str(folder / "data" / Path(task.dataset).name)) for task in config.tasks
+    )
+    return dataclasses.replace(config, output_dir=str(folder / "results"), tasks=tuple(tasks))
+
+
 def _compare(seed: int, mixes: list[str] | None, folder: Path) -> "Comparison":
-    """Runs the comparison, and leaves the models and the training data in `folder`."""
+    """Runs the comparison, and leaves the models, the data and every answer in `folder`."""
     import torch
 
     from gift_trl.lab.comparison import make_target_dataset, run_comparison
+    from gift_trl.lab.evaluation import make_evaluation_set, write_questions
     from gift_trl.lab.pair import make_pair
     from gift_trl.lab.progress import progress_display
     from gift_trl.lab.results import Setting
@@ -128,12 +145,14 @@ def _compare(seed: int, mixes: list[str] | None, folder: Path) -> "Comparison":
     settings = [Setting(mix, args.learning_rate if rate is None else rate) for mix, rate in chosen]
     # On matrices this small a second thread gains little, and on a busy machine two wait for each other most of the time.
     torch.set_num_threads(1)
+    (folder / "data").mkdir()
+    write_questions(make_evaluation_set(), folder / "data")
+    evaluation = load_evaluation(folder)
     with progress_display() as progress:
         pair = make_pair(seed, progress=progress)
-        comparison = run_comparison(pair, settings, args, peft_config, seed=seed, progress=progress)
+        comparison = run_comparison(pair, settings, args, peft_config, evaluation, seed=seed, progress=progress)
     for source in pair:
         shutil.copytree(source, folder / source.name)
-    (folder / "data").mkdir()
     for mix in MIXES:
         lines = (json.dumps(row) for row in make_target_dataset(mix, seed))
         (folder / "data" / f"mix_{mix}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -156,6 +175,7 @@ def _print_results(console: "Console", comparison: "Comparison", output_dir: Pat
         for sentence in sentences:
             console.print(f"- {sentence}", highlight=False)
     console.print(f"\nReport: {output_dir / 'report.html'}   ({seconds:.0f} s in all)", highlight=False)
+    console.print(f"Every answer: gift-trl report {output_dir / 'results'}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         metric, higher_is_better = "accuracy on the target problems, percent", True
 
         def score(model: "PreTrainedModel") -> tuple[float, float]:
-            accuracy = evaluate_model(model, tokenizer, questions).accuracies()["target"]
+            accuracy = evaluate_model(model, tokenizer, questions).accuracies["target"]
             return accuracy, (accuracy * (100 - accuracy) / len(questions.target)) ** 0.5
 
     sweep = sweep_scales(

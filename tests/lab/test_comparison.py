@@ -1,13 +1,31 @@
 """The methods are settings of one recipe: a miniature of the comparison, from annotation to evaluation."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gift_trl.evaluation.config import ModelSpec
+from gift_trl.evaluation.grading import grade_generations
+from gift_trl.evaluation.results import Generation, load_results
+from gift_trl.evaluation.run import evaluate
+from gift_trl.evaluation.tasks import load_task_data
 from gift_trl.lab.comparison import METHODS, make_target_dataset, run_comparison
-from gift_trl.lab.evaluation import evaluate_model, final_number, make_evaluation_set
+from gift_trl.lab.evaluation import (
+    TASKS,
+    evaluate_model,
+    final_number,
+    generate_answers,
+    make_evaluation_set,
+    read_scores,
+    write_questions,
+)
 from gift_trl.lab.results import Setting
+from gift_trl.scripts.evaluate import main as evaluate_command
+from gift_trl.scripts.quickstart import load_evaluation
 from gift_trl.training import GIFTConfig
 
 
@@ -17,7 +35,16 @@ def evaluation_set():
 
 
 @pytest.fixture(scope="module")
-def comparison(lab_pair, evaluation_set):
+def evaluation(evaluation_set, tmp_path_factory):
+    """The quick start's tasks on a few questions."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    (folder / "data").mkdir()
+    write_questions(evaluation_set, folder / "data")
+    return load_evaluation(folder)
+
+
+@pytest.fixture(scope="module")
+def comparison(lab_pair, evaluation_set, evaluation):
     args = GIFTConfig(
         "unused",
         max_steps=2,
@@ -33,7 +60,7 @@ def comparison(lab_pair, evaluation_set):
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     settings = [Setting("A", 1e-2), Setting("Z", 1e-2)]
     return run_comparison(
-        lab_pair, settings, args, peft_config, seed=0, num_examples=16, evaluation_set=evaluation_set
+        lab_pair, settings, args, peft_config, evaluation, seed=0, num_examples=16, evaluation_set=evaluation_set
     )
 
 
@@ -52,6 +79,28 @@ def test_every_method_ran_in_every_setting(comparison, evaluation_set):
             assert math.isfinite(outcome.training_loss)
 
 
+def test_every_answer_is_kept_and_models_can_be_added(comparison, evaluation, evaluation_set, lab_pair, tmp_path):
+    results = load_results(evaluation.output_dir)
+    methods = [method.name for method in METHODS]
+    assert results.models == ["instruct", "base", *(f"{m}@{mix}-1e-2" for mix in "AZ" for m in methods)]
+    assert results.baseline == "instruct" and results.missing == ()
+    assert [results.role(task) for task in results.tasks] == ["target", "retention", "retention"]
+    for model, scores in (("base", comparison.base), ("GIFT@Z-1e-2", comparison.settings[1].by_method["GIFT"].scores)):
+        assert read_scores(results, model) == scores
+        generations = list(results.runs[model, "long_problems"].generations())
+        assert [g.prompt for g in generations] == [f"<user> {p.question} <bot>" for p in evaluation_set.target]
+    # As the recipe's header says
+    recipe = tmp_path / "evaluation.yaml"
+    shipped = Path("recipes/quickstart/evaluation.yaml").read_text(encoding="utf-8")
+    recipe.write_text(
+        shipped.replace("outputs/quickstart/", f"{Path(evaluation.output_dir).parent}/"), encoding="utf-8"
+    )
+    evaluate_command(["--config", str(recipe), "--models", f"by-hand={lab_pair[1]}"])
+    after = load_results(evaluation.output_dir)
+    assert after.models == [*results.models, "by-hand"] and after.baseline == "instruct"
+    assert read_scores(after, "by-hand") == comparison.instruct
+
+
 def test_methods_train_different_models_or_with_different_weights(comparison):
     for result in comparison.settings:
         losses = [outcome.training_loss for outcome in result.results]
@@ -68,7 +117,7 @@ def test_example_is_a_row_of_the_first_mix(comparison, evaluation_set):
 
 def test_no_setting_is_refused(lab_pair):
     with pytest.raises(ValueError, match="at least one `Setting`"):
-        run_comparison(lab_pair, [], None, None, seed=0)
+        run_comparison(lab_pair, [], None, None, None, seed=0)
 
 
 def test_training_rows_hold_no_question_of_the_evaluation():
@@ -95,6 +144,49 @@ def test_answers_are_marked_by_exact_match(monkeypatch, evaluation_set):
     assert scores.short == (False,) * 4
     assert sum(scores.retention) == len(evaluation_set.retention) - 1
     assert scores.accuracies["short"] == 0
+
+
+def test_the_experiment_draws_the_answers_of_the_evaluation(make_model, evaluation, tmp_path):
+    # Random weights this large give every question another answer
+    folder = str(make_model(tmp_path / "model", initializer_range=0.5))
+    config = dataclasses.replace(
+        evaluation, output_dir=str(tmp_path / "results"), models={"random": ModelSpec(folder)}
+    )
+    results = evaluate(config)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for task in config.tasks:
+        generations = list(results.runs["random", task.name].generations())
+        assert len({g.text for g in generations}) > 1
+        questions = [problem.messages[0]["content"] for problem in load_task_data(task).problems]
+        answers = generate_answers(model, tokenizer, questions, task.sampling.max_new_tokens)
+        assert [g.text for g in generations] == answers
+
+
+@pytest.mark.parametrize(
+    "text",
+    "{} | #### {} | 1 + 2 = 3 ; #### {} | #### {} #### | #### {} x y | #### 21 #### {} | #### | x #### {} ; #### 0 | a {} |".split(
+        "|"
+    ),
+)
+def test_both_ways_give_the_same_verdicts(text, evaluation, evaluation_set, monkeypatch):
+    """The experiment's, and those of the tasks in the recipe: of right answers in forms that models find."""
+    problems = {task.name: (task, load_task_data(task).problems) for task in evaluation.tasks}
+    rights = {p.question: str(p.answer) for p in (*evaluation_set.target, *evaluation_set.short)}
+    rights |= {question: final_number(right) or right for _, question, right in evaluation_set.retention}
+    answers = {question: text.format(right).strip() for question, right in rights.items()}
+    monkeypatch.setattr(
+        "gift_trl.lab.evaluation.generate_answers",
+        lambda model, tokenizer, questions, max_new_tokens: [answers[question] for question in questions],
+    )
+    scores = evaluate_model(None, None, evaluation_set)
+    for name, field in zip(TASKS, ("target", "short", "retention"), strict=True):
+        task, rows = problems[name]
+        generations = [
+            Generation(row.index, 0, 0, "", None, row.reference, answers[row.messages[0]["content"]], None, None)
+            for row in rows
+        ]
+        grades = grade_generations(iter(generations), task.metric, task.answer_pattern)
+        assert tuple(grade.score == 1 for grade in grades) == getattr(scores, field)
 
 
 @pytest.mark.parametrize(

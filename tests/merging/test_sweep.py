@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gift_trl.lab.evaluation import make_evaluation_set
 from gift_trl.merging import merge_adapter, sweep_scales
 from gift_trl.merging.sweep import ScaleScore, Sweep
 from gift_trl.scripts.sweep import main, negative_log_likelihood
@@ -123,6 +124,15 @@ def test_command(pair, adapter, tmp_path, conversations, capsys):
     assert "The best scale on this data is" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="--overwrite"):
         main([*arguments, "--output_dir", str(tmp_path / "sweep")])
+
+
+def test_the_questions_of_the_lab(pair, adapter, tmp_path, monkeypatch, capsys):
+    few = make_evaluation_set(num_target=3, num_short=1, num_per_task=1)
+    monkeypatch.setattr("gift_trl.lab.evaluation.make_evaluation_set", lambda: few)
+    arguments = ["--adapter", str(adapter), "--instruct_model", pair[1], "--task", "lab", "--scales", "1"]
+    main([*arguments, "--output_dir", str(tmp_path / "sweep")])
+    assert "accuracy on the target problems" in (tmp_path / "sweep" / "sweep.json").read_text()
+    assert "The best scale on this data is 1 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("scales", [[], [math.nan]])

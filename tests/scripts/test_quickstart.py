@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from gift_trl.evaluation.results import load_results
 from gift_trl.lab.comparison import METHODS
 from gift_trl.lab.corpora import MIXES
+from gift_trl.lab.evaluation import read_scores
 from gift_trl.scripts import quickstart
 
 
@@ -52,6 +54,10 @@ def test_quickstart_from_nothing(tmp_path):
     assert "What it does not show" in run.stdout
 
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    answered = load_results(output / "results")
+    assert len(answered.models) == 2 + 3 * len(METHODS) and answered.missing == ()
+    harsh_gift = read_scores(answered, "GIFT@A-3e-3")
+    assert harsh_gift.accuracies == results["settings"][0]["methods"]["GIFT"]["accuracies"]
     settings = {(setting["mix"], setting["learning_rate"]): setting for setting in results["settings"]}
     assert list(settings) == [("A", 3e-3), ("A", 1e-3), ("Z", 3e-3)]
     for setting in settings.values():
