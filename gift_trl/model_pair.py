@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from trl.trainer.utils import get_config_model_id
 
 
@@ -27,6 +28,7 @@ _DIMENSIONS = (
     "num_key_value_heads",
     "head_dim",
 )
+_SHAPELESS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 
 
 def load_config(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedConfig:
@@ -130,15 +132,23 @@ def check_same_architecture(
 def _shape_differences(config: PreTrainedConfig, other_config: PreTrainedConfig) -> list[str]:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return []  # a model with code of its own is not built to be measured
+    if type(config) is type(other_config) and _sizes(config) == _sizes(other_config):
+        return []
     shapes = []
     for c in (config, other_config):
         # The class itself: `from_config` would shard the parameters under DeepSpeed ZeRO-3
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(c)]
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             skeleton = model_class(copy.deepcopy(c))
         shapes.append({name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()})
     names = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
     return [f"{name} (shape {shapes[0].get(name)} against {shapes[1].get(name)})" for name in sorted(names)[:3]]
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration without what says nothing of shapes, in which most pairs differ."""
+    values = config.to_dict()
+    return {k: v for k, v in values.items() if k not in _SHAPELESS and not k.endswith("_token_id")}
 
 
 def check_same_vocabulary(base_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:

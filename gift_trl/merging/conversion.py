@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.initialization import no_init_weights
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -94,7 +95,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """
     # The class that TRL trains: the one named in the configuration, if transformers has it.
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(config) if architecture is None else architecture(config)
 
 

@@ -1,9 +1,9 @@
 """PEFT's layers of an adapter, without weights: they are lent one layer of the instruct model at a time to merge."""
 
+import functools
 import itertools
-import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from gift_trl.merging.products import Buffer, LoraProduct
 
 
 ADAPTER_NAME = "default"
@@ -27,6 +30,8 @@ PREFIX = "base_model.model."
 _BLOCK_ELEMENTS = 2**18
 # Matrix products of fewer rows take other paths on a CPU, in which the last digit may come out differently.
 _SMALLEST_BLOCK = 16
+# The kernels of matrix products make some rows at a time, and take longer for what is left over.
+_ROW_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class AdapterLayer:
 
     def merge_rows(self, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """
-        Merges the adapter into a weight in place, a block of rows at a time, by PEFT's own layer for a smaller module.
+        Merges the adapter into a weight in place, a block of rows at a time.
 
         Args:
             weight (`torch.Tensor`):
@@ -113,35 +118,39 @@ class AdapterLayer:
         Returns:
             `torch.Tensor`: The weight.
         """
+        merge = self.block_merger(weight.dtype, scale)
         for start, end in self.row_blocks(*weight.shape):
-            weight[start:end] = self.merge_block(weight[start:end], start, scale)
+            weight[start:end] = merge(weight[start:end], start)
         return weight
 
-    def merge_block(
-        self, rows: torch.Tensor, start: int, scale: float = 1.0, *, buffer: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def block_merger(
+        self, dtype: torch.dtype, scale: float = 1.0, buffer: Buffer | None = None
+    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """
-        Merges the adapter into some rows of a weight.
+        Makes what merges the adapter into some rows of a weight.
 
-        Plain LoRA on a half-precision weight is computed here as PEFT's layer computes it, in float32 with one rounding at
-        the end, but without a new tensor for each block; everything else by PEFT's layer.
+        Plain LoRA on a half-precision weight is a [`~gift_trl.merging.products.LoraProduct`]; everything else is merged by
+        PEFT's own layer, for a smaller module.
 
         Args:
-            rows (`torch.Tensor` of shape `(N, columns)`):
-                Neighbouring rows. They may be changed in place.
-            start (`int`):
-                Index of the first of them in the weight.
+            dtype (`torch.dtype`):
+                Dtype of the weight.
             scale (`float`, *optional*, defaults to `1.0`):
                 Factor of the update.
-            buffer (`torch.Tensor`, *optional*):
-                Flat float32 tensor that holds the update of a block between calls; it grows as needed.
+            buffer ([`~gift_trl.merging.products.Buffer`], *optional*):
+                Float32 memory for a block, used again from call to call.
 
         Returns:
-            `torch.Tensor` of shape `(N, columns)`: The merged rows.
+            `Callable[[torch.Tensor, int], torch.Tensor]`: Takes neighbouring rows, of shape `(N, columns)`, which may be
+            changed in place, and the index of the first of them in the weight; returns the merged rows.
         """
+        if self._is_plain and dtype in (torch.bfloat16, torch.float16):
+            buffer = buffer or Buffer(torch.float32)
+            return LoraProduct(self._factors["lora_A"], self._factors["lora_B"], self._scaling(scale), buffer).add_to
+        return functools.partial(self._merge_block, scale=scale)
+
+    def _merge_block(self, rows: torch.Tensor, start: int, scale: float) -> torch.Tensor:
         end = start + len(rows)
-        if self._is_plain and rows.dtype in (torch.bfloat16, torch.float16):
-            return self._add_product(rows, start, end, scale, torch.empty(0) if buffer is None else buffer)
         tensors = {name: self._rows_of(name, tensor, start, end) for name, tensor in self.tensors.items()}
         # A layer that also merges a bias does so each time
         bias = {"bias": rows.new_zeros(len(rows))} if "bias" in self.parameters else {}
@@ -189,23 +198,6 @@ class AdapterLayer:
             and all(tensor.dtype != torch.float64 for tensor in self.tensors.values())
         )
 
-    @torch.no_grad()
-    def _add_product(
-        self, rows: torch.Tensor, start: int, end: int, scale: float, buffer: torch.Tensor
-    ) -> torch.Tensor:
-        a = next(tensor for name, tensor in self.tensors.items() if "lora_A" in name).float()
-        b = next(tensor for name, tensor in self.tensors.items() if "lora_B" in name)[start:end].float()
-        scaling = self._scaling(scale)
-        if buffer.numel() < rows.numel():
-            buffer.resize_(rows.numel())
-        update = buffer[: rows.numel()].view(rows.shape)
-        # A power of two shifts exponents only, before the product as well as after it
-        before = scaling >= 1 and math.frexp(scaling)[0] == 0.5
-        torch.mm(b * scaling if before else b, a, out=update)
-        if not before:
-            update.mul_(scaling)
-        return rows.copy_(update.add_(rows))
-
     def _scaling(self, scale: float) -> float:
         self.layer.set_scale(ADAPTER_NAME, scale)
         scaling = self.layer.scaling[ADAPTER_NAME]
@@ -225,10 +217,12 @@ class AdapterLayer:
         Returns:
             `list[tuple[int, int]]`: First row and row after the last of each block.
         """
-        rows, unit = max(_SMALLEST_BLOCK, _BLOCK_ELEMENTS // max(1, num_columns)), self._row_unit
+        unit = self._row_unit
+        step = unit if unit > 1 else _ROW_STEP
+        rows = max(_SMALLEST_BLOCK, round(_BLOCK_ELEMENTS / max(1, num_columns) / step) * step)
         count = max(1, min(num_rows // rows, num_rows // unit))
-        bounds = [num_rows // unit * i // count * unit for i in range(count + 1)]
-        return list(itertools.pairwise(bounds))
+        inner = [num_rows * i // count // step * step for i in range(count)]
+        return list(itertools.pairwise([*inner, num_rows]))
 
     @torch.no_grad()
     def _merge(
@@ -320,7 +314,7 @@ def load_adapter(
     neutral = {"base_model_name_or_path": None, "inference_mode": True}
     if settings["peft_type"] == "LORA":
         neutral["init_lora_weights"] = False
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), no_init_weights():
         # PEFT warns of what is checked here, or was decided when the adapter was made.
         warnings.simplefilter("ignore")
         peft_model = get_peft_model(

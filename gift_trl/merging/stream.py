@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from gift_trl.checkpoints import read_header
 from gift_trl.merging.conversion import DTYPES, StoredParameter
+from gift_trl.merging.products import Buffer
 from gift_trl.merging.targets import Target
 
 
@@ -98,7 +100,7 @@ class CheckpointReader:
         tensor = self.tensors[name]
         return self.read_bytes(tensor, 0, tensor.num_bytes).view(tensor.dtype).view(tensor.info.shape)
 
-    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, end: int, buffer: Buffer | None = None) -> torch.Tensor:
         """
         Reads some rows of a tensor of two dimensions.
 
@@ -109,16 +111,20 @@ class CheckpointReader:
                 First row.
             end (`int`):
                 Row after the last.
+            buffer ([`~gift_trl.merging.products.Buffer`], *optional*):
+                Memory of bytes to read into. New memory by default.
 
         Returns:
-            `torch.Tensor` of shape `(end - start, columns)`: The rows.
+            `torch.Tensor` of shape `(end - start, columns)`: The rows, in the buffer if there is one.
         """
         tensor = self.tensors[name]
         row = tensor.num_bytes // tensor.info.shape[0]
-        part = self.read_bytes(tensor, start * row, (end - start) * row)
+        part = self.read_bytes(tensor, start * row, (end - start) * row, buffer)
         return part.view(tensor.dtype).view(end - start, tensor.info.shape[1])
 
-    def read_bytes(self, tensor: StoredTensor, start: int, num_bytes: int) -> torch.Tensor:
+    def read_bytes(
+        self, tensor: StoredTensor, start: int, num_bytes: int, buffer: Buffer | None = None
+    ) -> torch.Tensor:
         """
         Reads bytes of a tensor.
 
@@ -129,13 +135,15 @@ class CheckpointReader:
                 First byte, counted from the beginning of the tensor.
             num_bytes (`int`):
                 Number of bytes.
+            buffer ([`~gift_trl.merging.products.Buffer`], *optional*):
+                Memory of bytes to read into. New memory by default.
 
         Returns:
-            `torch.Tensor` of shape `(num_bytes,)`, uint8: The bytes.
+            `torch.Tensor` of shape `(num_bytes,)`, uint8: The bytes, in the buffer if there is one.
         """
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        _read_into(self._files[tensor.shard], tensor.start + start, memoryview(buffer.numpy()))
-        return buffer
+        held = (buffer or Buffer(torch.uint8)).take(num_bytes)
+        _read_into(self._files[tensor.shard], tensor.start + start, memoryview(held.numpy()))
+        return held
 
 
 class MergedWriter:
@@ -240,13 +248,13 @@ def merge_targets(
         `ValueError`: If a tensor is not finite, before or after the merge.
         `OSError`: If a file ends before its header says so, or the disk fails.
     """
-    buffer = torch.empty(0)  # one for all: much of the time of a fresh allocation goes into page faults
+    stored_rows, wide_rows = Buffer(torch.uint8), Buffer(torch.float32)
     for target in targets:
         if target.merges_by_rows:
             for name, stored in target.parameters.items():
                 (tensor,) = stored.tensors
                 if name == "weight":
-                    yield tensor, _merge_by_rows(target, tensor, source, writer, scale, buffer)
+                    yield tensor, _merge_by_rows(target, tensor, source, writer, scale, stored_rows, wide_rows)
                 else:
                     bias = target.layer.merge_bias(source.read(tensor), scale)
                     yield from write_module({name: stored}, {name: bias}, source, writer)
@@ -297,14 +305,21 @@ def write_module(
 
 
 def _merge_by_rows(
-    target: Target, name: str, source: CheckpointReader, writer: MergedWriter, scale: float, buffer: torch.Tensor
+    target: Target,
+    name: str,
+    source: CheckpointReader,
+    writer: MergedWriter,
+    scale: float,
+    stored_rows: Buffer,
+    wide_rows: Buffer,
 ) -> bool:
-    changed = False
-    columns = source.tensors[name].info.shape[1]
-    for start, end in target.layer.row_blocks(*source.tensors[name].info.shape):
-        rows = source.read_rows(name, start, end)
+    changed, tensor = False, source.tensors[name]
+    columns = tensor.info.shape[1]
+    merge = target.layer.block_merger(tensor.dtype, scale, wide_rows)
+    for start, end in target.layer.row_blocks(*tensor.info.shape):
+        rows = source.read_rows(name, start, end, stored_rows)
         before = None if changed else rows.clone()
-        rows = target.layer.merge_block(rows, start, scale, buffer=buffer)
+        rows = merge(rows, start)
         if not is_finite(rows):
             raise not_finite(name, source, rows.dtype)
         writer.write(name, rows, start * columns)
@@ -359,7 +374,7 @@ def is_finite(values: torch.Tensor) -> bool:
         `bool`: Whether they are.
     """
     # A finite sum has finite terms, and is the quickest to have; one that is not may only be large.
-    return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
+    return math.isfinite(values.sum().item()) or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
