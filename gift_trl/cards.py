@@ -282,7 +282,10 @@ def write_card(path: Path, make: Callable[[], ModelCard], *, replace: bool | Non
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        make().save(path)
+        # Half a card would have no mark, and stay as if a person had written it
+        temporary = path.with_name(f".{path.name}.tmp")
+        make().save(temporary)
+        os.replace(temporary, path)
     except Exception as error:
         logger.warning(f"The model card was not written to `{path}`: {type(error).__name__}: {error}")
         return False

@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
@@ -21,6 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import SafetensorsFileMetadata
 from safetensors import SafetensorError, safe_open
+
+from gift_trl.leftovers import REPLACED, TEMPORARY, clear_leftovers, held, sibling
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -303,7 +305,8 @@ def write_folder(
     Writes a folder whole or not at all.
 
     The body of the `with` statement fills a temporary folder beside `output_dir`. When it ends well, everything in
-    there is flushed to disk and the folder renamed into place; on an error or an interrupt it is removed.
+    there is flushed to disk and the folder renamed into place; on an error or an interrupt it is removed. What a process
+    that was killed meanwhile has left is removed by the next one that writes the same folder.
 
     Args:
         output_dir (`str` or `os.PathLike`):
@@ -319,31 +322,34 @@ def write_folder(
     Raises:
         `FileExistsError`: As [`check_output_folder`].
     """
+    clear_leftovers(Path(output_dir).expanduser().resolve())
     output_dir = check_output_folder(output_dir, overwrite=overwrite, marks=marks)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, because a rename is atomic only within a file system.
     token = uuid.uuid4().hex[:12]
-    temporary = output_dir.parent / f".{output_dir.name}.{token}.tmp"
-    replaced = output_dir.parent / f".{output_dir.name}.{token}.old"
+    temporary, replaced = (sibling(output_dir, token, kind) for kind in (TEMPORARY, REPLACED))
     temporary.mkdir()
-    try:
-        yield temporary
-        _flush(temporary)
-        # Looked at again: someone may have written there during a long run.
-        check_output_folder(output_dir, overwrite=overwrite, marks=marks)
-        if output_dir.exists():
-            os.rename(output_dir, replaced)
+    with ExitStack() as holding:
+        holding.enter_context(held(temporary))
         try:
-            os.rename(temporary, output_dir)
+            yield temporary
+            _flush(temporary)
+            # Looked at again: someone may have written there during a long run.
+            check_output_folder(output_dir, overwrite=overwrite, marks=marks)
+            if output_dir.exists():
+                holding.enter_context(held(output_dir))
+                os.rename(output_dir, replaced)
+            try:
+                os.rename(temporary, output_dir)
+            except BaseException:
+                if replaced.exists():
+                    os.rename(replaced, output_dir)
+                raise
+            _flush_one(output_dir.parent)
         except BaseException:
-            if replaced.exists():
-                os.rename(replaced, output_dir)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _flush_one(output_dir.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -1,6 +1,10 @@
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,6 +253,52 @@ def test_write_folder_puts_the_old_one_back(tmp_path, monkeypatch):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert [path.name for path in output.iterdir()] == ["old"]
+
+
+def write_and_die(output: Path, moment: str) -> None:
+    """Begins to replace a folder in another process, which is killed before it ends."""
+    code = """
+import os, signal, sys
+from gift_trl.checkpoints import write_folder
+output, moment = sys.argv[1:]
+rename = os.rename
+def rename_once(source, target):
+    rename(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+if moment == "between the renames":
+    os.rename = rename_once
+with write_folder(output, overwrite=True) as folder:
+    (folder / "new").touch()
+    if moment == "while writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code, output, moment]).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
+def test_write_folder_clears_up_after_a_killed_process(tmp_path, moment):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "old").touch()
+    (tmp_path / ".output.note.tmp").mkdir()  # somebody else's
+    write_and_die(output, moment)
+    assert len(list(tmp_path.iterdir())) > 2
+    with pytest.raises(FileExistsError, match="not empty"), write_folder(output):
+        pass
+    assert [path.name for path in output.iterdir()] == ["old"], "nothing that was there is lost"
+    with write_folder(output, overwrite=True) as folder:
+        (folder / "newer").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".output.note.tmp", "output"]
+    assert [path.name for path in output.iterdir()] == ["newer"]
+
+
+def test_write_folder_leaves_alone_what_another_process_writes(tmp_path):
+    with write_folder(tmp_path / "output", overwrite=True) as first:
+        (first / "first").touch()
+        with write_folder(tmp_path / "output", overwrite=True) as second:
+            (second / "second").touch()
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
 def test_check_output_folder(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from gift_trl.scripts.launch import launch, wants_launch
+from gift_trl.scripts.launch import end_with_launcher, launch, wants_launch
 from gift_trl.scripts.tokens import refuse_tokens
 
 
@@ -56,6 +56,7 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None = No
         argv (`list[str]`, *optional*):
             Arguments. Defaults to those of the process.
     """
+    end_with_launcher()
     # TRL's own default raises it in every run, and nothing a recipe says can mend it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     try:

@@ -1,5 +1,9 @@
 """`--accelerate_config`: launches a command in several processes, as `accelerate launch` does."""
 
+import ctypes
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 
 ACCELERATE_CONFIG = "--accelerate_config"
+_PR_SET_PDEATHSIG = 1
 # Commands whose module can be launched, each with a `make_parser` of its own fields
 LAUNCHED = ("annotate", "evaluate", "train")
 
@@ -64,6 +69,21 @@ def launch(module: str, parser: "RecipeParser", argv: list[str]) -> None:
         launch_command(args)
     except ChildFailedError as error:  # the process has said why
         raise SystemExit(1) from error
+
+
+def end_with_launcher() -> None:
+    """
+    Lets this process end at once if it is one of a launch and its launcher dies (on Linux).
+
+    Else it would go on when the launcher is killed without a warning, by a scheduler or for want of memory, and write beside
+    the run that is started in its place.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != launcher:  # it died before it was asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def split_arguments(

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from transformers import is_wandb_available
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
@@ -40,6 +41,22 @@ def dataset_sources(dataset: Dataset | IterableDataset) -> list[Source]:
     found = [match for match in map(_CACHED_DATASET.search, files) if match]
     names = dict.fromkeys((match["name"].replace("___", "/"), match["commit"]) for match in found)
     return [Source(name, commit, on_hub=True) for name, commit in names]
+
+
+@contextmanager
+def without_peft_card() -> Iterator[None]:
+    """
+    Lets PEFT save an adapter without a card.
+
+    Its own is one of placeholders, or puts the base model's folder into ours: whoever was killed before the next line would
+    keep it, and take it for a person's from then on.
+    """
+    write = PeftModel.create_or_update_model_card
+    PeftModel.create_or_update_model_card = lambda self, output_dir: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PeftModel.create_or_update_model_card = write  # type: ignore[method-assign]
 
 
 def learning_signal(log_history: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

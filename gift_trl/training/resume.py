@@ -1,6 +1,7 @@
 """The checkpoint that a killed run goes on from."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def last_complete_checkpoint(args: TrainingArguments) -> str:
         "end, or without the state of the optimizer (`save_only_model`). Start again with another `output_dir`, or set "
         "`save_only_model` as it was set then."
     )
+
+
+def clear_checkpoint(output_dir: Path, step: int) -> None:
+    """
+    Removes what a killed run has left of a checkpoint that is about to be written.
+
+    Its files would make the new one look complete before it is, and older than others: transformers removes the oldest.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the checkpoints.
+        step (`int`):
+            Step of the checkpoint.
+    """
+    folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if folder.is_dir():
+        # First what makes it complete: this process may be killed too
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _is_complete(path: Path, folders: list[Path], num_processes: int) -> bool:

@@ -23,8 +23,8 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from gift_trl.annotation.provenance import library_versions, read_provenance
-from gift_trl.cards import GIFT_CITATION, Source, TrainingFacts, is_hub_id, may_be_replaced, write_card
-from gift_trl.checkpoints import CARD_FILE
+from gift_trl.cards import GIFT_CITATION, Source, TrainingFacts, is_hub_id, write_card
+from gift_trl.checkpoints import ADAPTER_FILE, CARD_FILE
 from gift_trl.model_pair import end_of_turn_token_ids
 from gift_trl.training.checks import (
     check_supported,
@@ -45,9 +45,10 @@ from gift_trl.training.model_card import (
     make_adapter_card,
     run_links,
     training_settings,
+    without_peft_card,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
-from gift_trl.training.resume import last_complete_checkpoint
+from gift_trl.training.resume import clear_checkpoint, last_complete_checkpoint
 from gift_trl.training.token_rows import check_token_rows
 from gift_trl.training.weights import token_weights
 
@@ -401,6 +402,19 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         self._signal.add(mode, q, weights, -outputs.log_probs.detach(), counted, empty)
         return (loss, result[1]) if return_outputs else loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that goes on from its last step inside of an epoch would train one step more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            clear_checkpoint(Path(self._get_output_dir(trial=trial)), self.state.global_step)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._signal.gather("train", self.accelerator)
@@ -424,13 +438,12 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        replace = self.is_world_process_zero() and may_be_replaced(folder / CARD_FILE)
-        super().save_model(output_dir, _internal_call)
+        with without_peft_card():
+            super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
             self._training_facts().write(folder)
-        if replace and (folder / CARD_FILE).exists():
-            # PEFT has written a card of placeholders, with the base model's folder in it
-            write_card(folder / CARD_FILE, lambda: self._make_card(self._card_name()), replace=True)
+            if (folder / ADAPTER_FILE).exists():
+                write_card(folder / CARD_FILE, lambda: self._make_card(self._card_name()))
 
     def create_model_card(  # type: ignore[override]  # as in TRL
         self,

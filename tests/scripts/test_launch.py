@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,28 @@ def test_a_failing_process_ends_the_launch(recipe):
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 1
     assert "error: There is no file `nowhere.jsonl`" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_a_process_ends_with_its_launcher(tmp_path):
+    # A launcher that is killed cannot end its processes, which would write beside the next run
+    rank = (
+        "import os, pathlib, sys, time\n"
+        "from gift_trl.scripts.cli import run\n"
+        f"note = pathlib.Path({str(tmp_path / 'rank')!r})\n"
+        "run(lambda argv: (note.write_text(str(os.getpid())), time.sleep(60)), [])\n"
+    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launcher = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "rank").is_file() or not (tmp_path / "rank").read_text():
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    pid = int((tmp_path / "rank").read_text())
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and "(zombie)" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the process works on"
+        time.sleep(0.05)

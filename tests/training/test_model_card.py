@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -48,6 +49,32 @@ def test_a_card_that_a_person_wrote_stays(pair, conversations, config, run, tmp_
     assert b"What we found" in (tmp_path / "out" / "README.md").read_bytes()
     assert (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").is_file()
     assert "was written or changed by a person" in caplog.text
+
+
+@pytest.mark.parametrize("killed", ["before the card is written", "while the card is written"])
+def test_a_process_that_was_killed_leaves_no_card_that_stays(pair, conversations, config, run, killed, monkeypatch):
+    trainer = run(config(), conversations)
+    card = Path(trainer.args.output_dir, "README.md")
+    trainer.save_model()
+    whole = card.read_text()
+
+    def write_half(self, path):
+        Path(path).write_text(str(self)[:100])
+        raise KeyboardInterrupt
+
+    def write_nothing(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if killed.startswith("while"):
+        monkeypatch.setattr(ModelCard, "save", write_half)
+    else:
+        monkeypatch.setattr("gift_trl.training.trainer.write_card", write_nothing)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model()
+    monkeypatch.undo()
+    assert pair[0] not in card.read_text()
+    trainer.save_model()
+    assert card.read_text() == whole
 
 
 def test_a_card_that_a_person_has_extended_stays(pair, conversations, config, run, tmp_path):

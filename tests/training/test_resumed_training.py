@@ -85,3 +85,29 @@ def test_no_checkpoint_to_go_on_from(interrupted, tmp_path):
     _, train, _ = interrupted
     with pytest.raises(ValueError, match="holds no checkpoint"):
         train(tmp_path / "new", resume=True)
+
+
+def test_a_run_that_was_complete_trains_no_further(interrupted, adapter_weights):
+    # Its last step is inside of an epoch. A process may be killed after its last checkpoint, before it has saved the adapter
+    _, train, whole = interrupted
+    again = train(whole.args.output_dir, resume=True)
+    assert again.state.global_step == 6
+    for name, value in adapter_weights(whole).items():
+        assert value.equal(adapter_weights(again)[name]), name
+
+
+def test_a_checkpoint_that_is_written_again_is_complete_only_at_its_end(interrupted, monkeypatch):
+    folder, train, whole = interrupted
+
+    def killed(trainer, output_dir):
+        if output_dir.endswith("checkpoint-4"):
+            raise KeyboardInterrupt
+        return save(trainer, output_dir)
+
+    save = GIFTSFTTrainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(GIFTSFTTrainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, resume=str(folder / "checkpoint-2"))
+    monkeypatch.undo()
+    whole.args.output_dir = str(folder)
+    assert last_complete_checkpoint(whole.args) == str(folder / "checkpoint-2")
