@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "GIFTConfig",
     "GIFTSFTTrainer",
+    "MergeAndPushCallback",
     "MergeReport",
     "annotate_dataset",
     "merge_adapter",
@@ -18,6 +19,7 @@ __all__ = [
 _MODULES = {
     "GIFTConfig": "gift_trl.training",
     "GIFTSFTTrainer": "gift_trl.training",
+    "MergeAndPushCallback": "gift_trl.hub.callback",
     "MergeReport": "gift_trl.merging",
     "annotate_dataset": "gift_trl.annotation",
     "merge_adapter": "gift_trl.merging",
@@ -25,6 +27,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from gift_trl.annotation import annotate_dataset
+    from gift_trl.hub.callback import MergeAndPushCallback
     from gift_trl.merging import MergeReport, merge_adapter
     from gift_trl.training import GIFTConfig, GIFTSFTTrainer
 

@@ -1,5 +1,6 @@
 """Session fixtures: a tiny base/instruct pair made from a configuration, with a real tokenizer and chat template."""
 
+import json
 import os
 import tempfile
 
@@ -17,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -128,6 +130,48 @@ def conversations() -> Dataset:
             for question, answer in QUESTIONS
         ]
     )
+
+
+@pytest.fixture
+def recipe(tmp_path, pair, conversations):
+    """Writes a recipe for the tiny pair; `None` removes a key."""
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"question": row["prompt"][0]["content"], "answer": row["completion"][0]["content"]} for row in conversations
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(**overrides) -> str:
+        settings = {
+            "model_name_or_path": pair[0],
+            "instruct_model_name_or_path": pair[1],
+            "dataset_name": str(data),
+            "prompt_column": "question",
+            "completion_column": "answer",
+            "prompt_suffix": " Be brief.",
+            "system_prompt": "You are a helpful assistant.",
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+            "lora_dropout": 0.0,
+            "output_dir": str(tmp_path / "adapter"),
+            "merge_output_dir": str(tmp_path / "merged"),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        settings.update(overrides)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "EvaluationResult",
+    "MergeAndPushCallback",
     "PushReport",
     "check_push_target",
     "push_command",
@@ -16,6 +17,7 @@ __all__ = [
 # Resolved on first use: `gift-trl push` needs neither torch nor transformers
 _MODULES = {
     "EvaluationResult": "gift_trl.hub.card",
+    "MergeAndPushCallback": "gift_trl.hub.callback",
     "PushReport": "gift_trl.hub.push",
     "check_push_target": "gift_trl.hub.target",
     "push_command": "gift_trl.hub.push",
@@ -24,6 +26,7 @@ _MODULES = {
 }
 
 if TYPE_CHECKING:
+    from gift_trl.hub.callback import MergeAndPushCallback
     from gift_trl.hub.card import EvaluationResult, write_merged_card
     from gift_trl.hub.push import PushReport, push_command, push_folder
     from gift_trl.hub.target import check_push_target

@@ -142,14 +142,16 @@ def write_merged_card(
     return write_card(folder / CARD_FILE, make)
 
 
-def complete_merged_card(folder: str | os.PathLike, repo_id: str, revision: str | None = None) -> bool:
+def complete_merged_card(
+    folder: str | os.PathLike, repo_id: str, revision: str | None = None, adapter_id: str | None = None
+) -> bool:
     """
     Writes the card of a merged model before a push, if it has none, or one of ours for another repository.
 
     Args:
         folder (`str` or `os.PathLike`):
             Folder of a model or an adapter; nothing is done if no merge wrote it.
-        repo_id, revision:
+        repo_id, revision, adapter_id:
             As in [`write_merged_card`].
 
     Returns:
@@ -162,7 +164,7 @@ def complete_merged_card(folder: str | os.PathLike, repo_id: str, revision: str 
     # The card of this push is not made again: it may say what is no longer known here
     if card.is_file() and _load_line(repo_id, revision) in card.read_text(encoding="utf-8"):
         return False
-    return write_merged_card(folder, repo_id=repo_id, revision=revision)
+    return write_merged_card(folder, repo_id=repo_id, revision=revision, adapter_id=adapter_id)
 
 
 class _Card:

@@ -63,7 +63,7 @@ def make_parser(prog: str | None = None) -> "TrlParser":
             AnnotationArguments,
             {"output": "annotation_output_dir annotation_overwrite import_scores hub_dataset_id"},
         ),
-        without=("GIFT", "adapter", "training", "merge"),
+        without=("GIFT", "adapter", "training", "merge", "Hub"),
     )
 
 

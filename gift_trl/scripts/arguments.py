@@ -156,7 +156,7 @@ def _parse_mapping(name: str, text: str) -> dict[str, Any]:
 @dataclass
 class MergeArguments:
     """
-    Arguments of the merge after training.
+    Arguments of the merge after training, and of the push of the merged model: those of [`MergeAndPushCallback`].
 
     Args:
         merge_output_dir (`str`, *optional*):
@@ -168,6 +168,19 @@ class MergeArguments:
         merge_saved_modules (`str`, *optional*):
             What to do with modules that were trained whole (`lora_modules_to_save`): `"replace"` the instruct model's by
             them, unscaled, or `"ignore"` them. Without a choice, a recipe that trains any is refused.
+        merge_at_every_checkpoint (`bool`, *optional*, defaults to `False`):
+            Whether to merge every checkpoint too, into folders beside `merge_output_dir` that end in `-step-000100`.
+        hub_merged_model_id (`str`, *optional*):
+            Repository on the Hub for the merged model; checkpoints go to its branches `step-000100`. The adapter's is
+            `hub_model_id`, with `push_to_hub`.
+        hub_merged_private_repo (`bool`, *optional*):
+            Whether that repository is private. Defaults to `hub_private_repo`.
+        hub_merged_revision (`str`, *optional*):
+            Branch for the merged model. Defaults to the main one.
+        hub_merged_tag (`str`, *optional*):
+            Tag for the merged model.
+        hub_overwrite (`bool`, *optional*, defaults to `False`):
+            Whether the pushes may replace what the repositories hold of another run.
     """
 
     merge_output_dir: str | None = field(
@@ -185,12 +198,35 @@ class MergeArguments:
         default=None,
         metadata={"help": "`replace` by, or `ignore`, what was trained whole (lora_modules_to_save)."},
     )
+    merge_at_every_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Merge every checkpoint too, into merge_output_dir with -step-000100 after its name."},
+    )
+    hub_merged_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Repository for the merged model, such as user/name; checkpoints go to branches step-000100."
+        },
+    )
+    hub_merged_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether it is private. Defaults to hub_private_repo."}
+    )
+    hub_merged_revision: str | None = field(
+        default=None, metadata={"help": "Branch for the merged model. Defaults to the main one."}
+    )
+    hub_merged_tag: str | None = field(default=None, metadata={"help": "Tag for the merged model."})
+    hub_overwrite: bool = field(default=False, metadata={"help": "Replace what the repositories hold of another run."})
 
     def __post_init__(self):
         if self.merge_saved_modules not in (None, "replace", "ignore"):
             raise ValueError(
                 f"`merge_saved_modules` is {self.merge_saved_modules!r}; choose `replace` or `ignore`, or unset it."
             )
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is anything to merge or to push."""
+        return bool(self.merge_output_dir or self.merge_at_every_checkpoint or self.hub_merged_model_id)
 
 
 # What `--help` shows of the some 250 fields; `--help_all` shows the rest
@@ -205,8 +241,10 @@ _SECTIONS = {
     "adapter": "use_peft lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
     "training": "output_dir learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps global_batch_size bf16 gradient_checkpointing eval_strategy save_strategy "
-    "logging_steps seed use_cpu deepspeed resume_from_checkpoint push_to_hub",
-    "merge": "merge_output_dir merge_scale merge_overwrite merge_saved_modules",
+    "logging_steps seed use_cpu deepspeed resume_from_checkpoint",
+    "merge": "merge_output_dir merge_scale merge_overwrite merge_saved_modules merge_at_every_checkpoint",
+    "Hub": "push_to_hub hub_model_id hub_private_repo hub_strategy hub_merged_model_id hub_merged_private_repo "
+    "hub_merged_revision hub_merged_tag hub_overwrite",
 }
 
 

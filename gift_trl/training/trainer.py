@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import ModelCard
 from transformers import (
@@ -26,6 +25,7 @@ from gift_trl.annotation.provenance import library_versions, read_provenance
 from gift_trl.cards import GIFT_CITATION, Source, TrainingFacts, is_hub_id, write_card
 from gift_trl.checkpoints import ADAPTER_FILE, CARD_FILE
 from gift_trl.model_pair import end_of_turn_token_ids
+from gift_trl.training.callback import StageCallback, adapter_config
 from gift_trl.training.checks import (
     check_supported,
     choose_instruct_model,
@@ -154,6 +154,9 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         check_supported(model, args, compute_loss_func, peft_config, processing_class, data_collator, eval_dataset)
         instruct_model = choose_instruct_model(instruct_model, args)
         self._instruct_model = instruct_model
+        for callback in callbacks or ():
+            if isinstance(callback, StageCallback):
+                args = callback.before_annotation(args, adapter_config(model, peft_config))
         knows_tokenizer = instruct_model is not None or processing_class is not None
 
         if not isinstance(train_dataset, (Dataset, IterableDataset)):
@@ -274,6 +277,9 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args)
         self._signal.clear("train")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StageCallback):
+                callback.before_training(self, resume_from_checkpoint or None)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -467,7 +473,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         return make_adapter_card(facts, name, hub_id=self.args.hub_model_id, tags=tags)
 
     def _training_facts(self) -> TrainingFacts:
-        peft_config = self.model.active_peft_config if is_peft_model(self.model) else None
+        peft_config = adapter_config(self.model)
         return TrainingFacts(
             base_model=self._base_source,
             instruct_model=self._instruct_source,
