@@ -30,6 +30,15 @@ class ModelSpec:
             URL of the server that holds this model, in place of the configuration's.
         served_model_name (`str`, *optional*):
             Its name on a server that serves several.
+        adapter (`str`, *optional*):
+            Folder or Hub id of an adapter that is put on the model at run time. Not with the `vllm` engine.
+        adapter_revision (`str`, *optional*):
+            Branch, tag or commit of the adapter on the Hub.
+        adapter_scale (`float`, *optional*, defaults to `1.0`):
+            Factor of the adapter's update.
+        saved_modules (`str`, *optional*):
+            What to do with tensors that the adapter holds whole, `"replace"` or `"ignore"`, as in
+            [`~gift_trl.merging.merge_adapter`].
     """
 
     model: str
@@ -40,6 +49,10 @@ class ModelSpec:
     max_length: int | None = None
     base_url: str | None = None
     served_model_name: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    adapter_scale: int | float = 1.0
+    saved_modules: str | None = None
 
     @property
     def tokenizer_kwargs(self) -> dict[str, Any]:
@@ -118,6 +131,11 @@ class EvaluationConfig:
     def _check_servers(self) -> None:
         places: dict[tuple[str, str | None], str] = {}
         for name, spec in self.models.items():
+            if spec.adapter is not None:
+                raise ValueError(
+                    f"`{name}` has an adapter, which the engine `vllm` does not apply: merge it and serve the result, or use "
+                    "the engine `transformers`."
+                )
             place = (spec.base_url or self.base_url or "").rstrip("/"), spec.served_model_name
             if not place[0]:
                 raise ValueError(f"The engine `vllm` needs the URL of the server that holds `{name}`: set `base_url`.")

@@ -72,7 +72,16 @@ def describe_model(
     dtype = spec.dtype or config.dtype
     if dtype == "auto":
         dtype = str(load_config(spec.model, **spec.tokenizer_kwargs).dtype or "float32").removeprefix("torch.")
-    return {**entry, "weights": identify_weights(spec.model, spec.revision), "dtype": dtype}
+    entry |= {"weights": identify_weights(spec.model, spec.revision), "dtype": dtype}
+    if spec.adapter is not None:
+        entry["adapter"] = {
+            "name": model_name(spec.adapter),
+            "commit": identify_commit(spec.adapter, spec.adapter_revision),
+            "weights": identify_weights(spec.adapter, spec.adapter_revision),
+            "scale": float(spec.adapter_scale),
+            "saved_modules": spec.saved_modules,
+        }
+    return entry
 
 
 def describe_task(data: TaskData) -> dict[str, Any]:

@@ -37,6 +37,8 @@ from gift_trl.evaluation.results import (
 )
 from gift_trl.evaluation.server_engine import ServerEngine
 from gift_trl.evaluation.tasks import TaskData, load_task_data
+from gift_trl.merging.preflight import AdapterPlan, preflight
+from gift_trl.merging.runtime import apply_plan
 
 
 logger = get_logger(__name__)
@@ -51,6 +53,7 @@ class _Model:
     spec: ModelSpec
     renderer: Renderer
     server: ServerClient | None
+    adapter: AdapterPlan | None = None
 
     @property
     def name(self) -> str:
@@ -161,7 +164,24 @@ def _reach(name: str, spec: ModelSpec, config: EvaluationConfig) -> _Model:
     renderer = make_renderer(
         name, spec.model, template_kwargs=spec.chat_template_kwargs, max_length=max_length, **spec.tokenizer_kwargs
     )
-    return _Model(spec, renderer, server)
+    return _Model(spec, renderer, server, _reach_adapter(spec))
+
+
+def _reach_adapter(spec: ModelSpec) -> AdapterPlan | None:
+    if spec.adapter is None:
+        return None
+    # What could not be merged is not applied either: it would not be what the merge makes
+    plan = preflight(
+        [(spec.adapter, spec.adapter_revision)],
+        spec.model,
+        None,
+        instruct_model_revision=spec.revision,
+        scale=float(spec.adapter_scale),
+        saved_modules=spec.saved_modules,
+    )
+    for caution in plan.cautions:
+        logger.warning(caution)
+    return plan.adapters[0]
 
 
 def _plan(renderer: Renderer, data: TaskData, config: EvaluationConfig) -> _Run:
@@ -213,7 +233,7 @@ def _generate_model(model: _Model, config: EvaluationConfig, runs: list[_Run]) -
     if model.server is not None:
         engine, tokens_per_batch = ServerEngine(model.server, stop_ids), 1  # it makes its own batches
     else:
-        engine, tokens_per_batch = TransformersEngine(_load(model.spec, config), stop_ids), config.tokens_per_batch
+        engine, tokens_per_batch = TransformersEngine(_load(model, config), stop_ids), config.tokens_per_batch
     for run in runs:
         if not run.generated:
             _generate(model.name, engine, run, tokens_per_batch)
@@ -221,7 +241,8 @@ def _generate_model(model: _Model, config: EvaluationConfig, runs: list[_Run]) -
     release_memory()
 
 
-def _load(spec: ModelSpec, config: EvaluationConfig) -> PreTrainedModel:
+def _load(reached: _Model, config: EvaluationConfig) -> PreTrainedModel:
+    spec = reached.spec
     load_kwargs = {"revision": spec.revision, "dtype": spec.dtype or config.dtype, **spec.init_kwargs}
     if config.use_cpu:
         load_kwargs["device_map"] = None
@@ -231,6 +252,8 @@ def _load(spec: ModelSpec, config: EvaluationConfig) -> PreTrainedModel:
             "Under DeepSpeed ZeRO-3 each process holds a part of the weights, and none can generate by itself: launch with DDP, "
             "or one process, which spreads the model over its GPUs."
         )
+    if reached.adapter is not None:
+        model = apply_plan(model, reached.adapter, spec.saved_modules, float(spec.adapter_scale))
     return model
 
 

@@ -1,8 +1,10 @@
 """Adapters at run time: put on a model, scaled, and compared with the merged checkpoint."""
 
 import gc
+import json
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,10 +12,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gift_trl.checkpoints import ADAPTER_FILE
+from gift_trl.merging.adapter import ADAPTER_CONFIG_FILE
+from gift_trl.merging.preflight import AdapterPlan
 from gift_trl.merging.proof import stop_ids
 
 
@@ -42,6 +49,41 @@ def apply_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float = 1.0)
         peft_model = PeftModel.from_pretrained(model, adapter_dir)
     set_scale(peft_model.get_base_model(), scale)
     return peft_model.get_base_model().eval()
+
+
+def apply_plan(
+    model: PreTrainedModel, adapter: AdapterPlan, saved_modules: str | None, scale: float = 1.0
+) -> PreTrainedModel:
+    """
+    Puts an adapter that has passed its checks on a model, so that it computes what the merge would make of it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model. It is changed.
+        adapter (`AdapterPlan`):
+            The adapter.
+        saved_modules (`str`, *optional*):
+            `"ignore"` leaves out what the adapter holds whole.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Factor of the update.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The model with PEFT's layers in it.
+    """
+    if saved_modules != "ignore":
+        return apply_adapter(model, adapter.folder, scale)
+    with tempfile.TemporaryDirectory() as updates:
+        return apply_adapter(model, _only_updates(adapter.folder, adapter.settings, Path(updates)), scale)
+
+
+def _only_updates(folder: Path, settings: Mapping[str, Any], copy: Path) -> Path:
+    """A copy of an adapter without the tensors that it holds whole."""
+    mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[settings['peft_type']]}"
+    tensors = {key: tensor for key, tensor in load_file(folder / ADAPTER_FILE).items() if mark in key}
+    save_file(tensors, copy / ADAPTER_FILE, metadata={"format": "pt"})
+    plain = {**settings, "modules_to_save": None, **({"bias": "none"} if "bias" in settings else {})}
+    (copy / ADAPTER_CONFIG_FILE).write_text(json.dumps(plain), encoding="utf-8")
+    return copy
 
 
 def set_scale(model: PreTrainedModel, scale: float) -> None:

@@ -3,22 +3,24 @@
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gift_trl.checkpoints import ADAPTER_FILE, write_folder
-from gift_trl.merging.adapter import ADAPTER_CONFIG_FILE
+from gift_trl.checkpoints import write_folder
 from gift_trl.merging.preflight import preflight
-from gift_trl.merging.runtime import apply_adapter, set_scale
+from gift_trl.merging.runtime import apply_plan, set_scale
 from gift_trl.plots import SERIES, new_figure
+
+
+SWEEP_FILE, SWEEP_PLOT_FILE = "sweep.json", "sweep.png"
+# A folder with this file was written by a sweep, and may be replaced by one
+SWEEP_MARKS = (SWEEP_FILE,)
+_Z = 1.96  # standard errors to either side of a mean in a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,17 @@ class ScaleScore:
             λ of θ_I + λ·M(φ).
         score (`float`):
             What the evaluation gave.
-        standard_error (`float`, *optional*):
-            Standard error of the score over the examples it was measured on.
+        interval (`tuple[float, float]`, *optional*):
+            Ends of its 95 % interval over the examples it was measured on.
+        difference (`tuple[float, float, float]`, *optional*):
+            How far it is above the best factor's on the same examples, example by example: the mean and the ends of its
+            95 % interval.
     """
 
     scale: float
     score: float
-    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    difference: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,24 @@ class Sweep:
         """
         lines = [f"{'scale':>8}  {self.metric}"]
         for entry in self.scores:
-            error = f" ± {entry.standard_error:.4f}" if entry.standard_error is not None else ""
-            mark = "  <- best" if entry is self.best else ""
-            lines.append(f"{entry.scale:8g}  {entry.score:.4f}{error}{mark}")
+            line = f"{entry.scale:8g}  {entry.score:.4f}"
+            if entry.interval is not None:
+                line += " [{:.4f}, {:.4f}]".format(*entry.interval)
+            if entry is self.best:
+                line += "  <- best"
+            elif entry.difference is not None:
+                line += "  {:+.4f} [{:+.4f}, {:+.4f}] to the best".format(*entry.difference)
+            lines.append(line)
         return "\n".join(lines)
+
+    def not_told_apart(self) -> tuple[float, ...]:
+        """
+        The factors whose difference from the best may be chance: its 95 % interval holds 0.
+
+        Returns:
+            `tuple[float, ...]`: The factors, without the best. Those without a difference are left out.
+        """
+        return tuple(e.scale for e in self.scores if e.difference and e.difference[1] <= 0 <= e.difference[2])
 
     def plot(self, path: str | os.PathLike) -> None:
         """
@@ -89,7 +109,10 @@ class Sweep:
         with new_figure(path, (6, 4)) as figure:
             axes = figure.subplots()
             scales, values = [e.scale for e in self.scores], [e.score for e in self.scores]
-            axes.errorbar(scales, values, yerr=[e.standard_error or 0.0 for e in self.scores], marker="o")
+            ends = [e.interval or (e.score, e.score) for e in self.scores]
+            sides = [[v - low for v, (low, _) in zip(values, ends, strict=True)]]
+            sides += [[high - v for v, (_, high) in zip(values, ends, strict=True)]]
+            axes.errorbar(scales, values, yerr=sides, marker="o")
             axes.axvline(self.best.scale, color=SERIES[1], linestyle="--", label=f"best: {self.best.scale:g}")
             axes.set_xlabel("scale of the update")
             axes.set_ylabel(self.metric)
@@ -103,15 +126,43 @@ class Sweep:
             output_dir (`str` or `os.PathLike`):
                 Folder to write.
             overwrite (`bool`, *optional*, defaults to `False`):
-                Whether to replace an existing folder.
+                Whether to replace a folder that a sweep wrote.
 
         Raises:
-            `FileExistsError`: If the folder has something in it and `overwrite` is not set.
+            `FileExistsError`: If the folder has something in it and `overwrite` is not set, or no sweep wrote it.
         """
-        facts = {**asdict(self), "best_scale": self.best.scale}
-        with write_folder(output_dir, overwrite=overwrite) as folder:
-            (folder / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            self.plot(folder / "sweep.png")
+        with write_folder(output_dir, overwrite=overwrite, marks=SWEEP_MARKS) as folder:
+            (folder / SWEEP_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            self.plot(folder / SWEEP_PLOT_FILE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The scores and the best factor.
+
+        Returns:
+            `dict[str, Any]`: What `sweep.json` holds.
+        """
+        return {**asdict(self), "best_scale": self.best.scale}
+
+
+def ordered_scales(scales: Sequence[float]) -> list[float]:
+    """
+    The factors of a sweep, each once.
+
+    Args:
+        scales (`Sequence[float]`):
+            The factors.
+
+    Returns:
+        `list[float]`: In ascending order.
+
+    Raises:
+        `ValueError`: If there is none, or one is not finite.
+    """
+    ordered = sorted(set(map(float, scales)))
+    if not ordered or not all(map(math.isfinite, ordered)):
+        raise ValueError("There is nothing to compare: pass at least one finite scale, such as 0, 0.5 and 1.")
+    return ordered
 
 
 def sweep_scales(
@@ -160,9 +211,7 @@ def sweep_scales(
     Raises:
         `ValueError`: If there is no factor, if the adapter cannot be merged, or if a score is not finite.
     """
-    scales = sorted(set(map(float, scales)))
-    if not scales or not all(map(math.isfinite, scales)):
-        raise ValueError("There is nothing to compare: pass at least one finite scale, such as 0, 0.5 and 1.")
+    scales = ordered_scales(scales)
     # A scale that every type must be able to apply; 1 may be the only one that is asked for.
     hardest = next((scale for scale in scales if scale != 1.0), 1.0)
     plan = preflight(
@@ -175,27 +224,13 @@ def sweep_scales(
     )
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = AutoModelForCausalLM.from_pretrained(plan.instruct_dir, dtype=dtype, **placement)
-    folder, settings = Path(plan.adapters[0].folder), plan.adapters[0].settings
-    if saved_modules == "ignore":
-        with tempfile.TemporaryDirectory() as updates:
-            model = apply_adapter(model, _only_updates(folder, settings, Path(updates)))
-    else:
-        model = apply_adapter(model, folder)
+    model = apply_plan(model, plan.adapters[0], saved_modules)
     entries = []
     for scale in tqdm(scales, desc="Sweeping", unit="scale", delay=2):
         set_scale(model, scale)
         value, error = score(model)
         if not math.isfinite(value):
             raise ValueError(f"The score at scale {scale:g} is {value}: leave this scale out, it breaks the model.")
-        entries.append(ScaleScore(scale, float(value), error))
+        interval = None if error is None else (value - _Z * error, value + _Z * error)
+        entries.append(ScaleScore(scale, float(value), interval))
     return Sweep(tuple(entries), metric, higher_is_better)
-
-
-def _only_updates(folder: Path, settings: Mapping[str, object], copy: Path) -> Path:
-    """A copy of an adapter without the tensors that it holds whole."""
-    mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[settings['peft_type']]}"
-    tensors = {key: tensor for key, tensor in load_file(folder / ADAPTER_FILE).items() if mark in key}
-    save_file(tensors, copy / ADAPTER_FILE, metadata={"format": "pt"})
-    plain = {**settings, "modules_to_save": None, **({"bias": "none"} if "bias" in settings else {})}
-    (copy / ADAPTER_CONFIG_FILE).write_text(json.dumps(plain), encoding="utf-8")
-    return copy

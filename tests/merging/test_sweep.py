@@ -7,7 +7,6 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gift_trl.lab.evaluation import make_evaluation_set
 from gift_trl.merging import merge_adapter, sweep_scales
 from gift_trl.merging.sweep import ScaleScore, Sweep
 from gift_trl.scripts.sweep import main, negative_log_likelihood
@@ -38,6 +37,8 @@ def test_scores_are_those_of_merged_checkpoints(pair, adapter, tmp_path, convers
     assert sweep.best.score == min(entry.score for entry in sweep.scores)
     (line,) = [line for line in sweep.table().splitlines() if "best" in line]
     assert line.split()[0] == f"{sweep.best.scale:g}"
+    value, error = score(AutoModelForCausalLM.from_pretrained(pair[1]))
+    assert sweep.scores[0].interval == pytest.approx((value - 1.96 * error, value + 1.96 * error), rel=1e-4)
 
 
 def test_likelihood_is_the_mean_of_the_target_tokens(pair, conversations):
@@ -122,17 +123,17 @@ def test_command(pair, adapter, tmp_path, conversations, capsys):
     assert [entry["scale"] for entry in facts["scores"]] == [0.0, 1.0] and facts["best_scale"] in (0.0, 1.0)
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "The best scale on this data is" in capsys.readouterr().out
+    again = [*arguments, "--output_dir", str(tmp_path / "sweep"), "--scales", "1", "--max_length", "512", *options]
     with pytest.raises(FileExistsError, match="--overwrite"):
-        main([*arguments, "--output_dir", str(tmp_path / "sweep")])
-
-
-def test_the_questions_of_the_lab(pair, adapter, tmp_path, monkeypatch, capsys):
-    few = make_evaluation_set(num_target=3, num_short=1, num_per_task=1)
-    monkeypatch.setattr("gift_trl.lab.evaluation.make_evaluation_set", lambda: few)
-    arguments = ["--adapter", str(adapter), "--instruct_model", pair[1], "--task", "lab", "--scales", "1"]
-    main([*arguments, "--output_dir", str(tmp_path / "sweep")])
-    assert "accuracy on the target problems" in (tmp_path / "sweep" / "sweep.json").read_text()
-    assert "The best scale on this data is 1 " in capsys.readouterr().out
+        main(again)
+    main([*again, "--overwrite"])
+    assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text())["scores"]) == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=f"{other}' does not look like .* no sweep.json"):
+        main([*arguments, "--output_dir", str(other), "--overwrite"])
+    assert (other / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("scales", [[], [math.nan]])
