@@ -300,6 +300,16 @@ class HubServer:
         content = blob.read_bytes()
         return File(blob, lfs, len(content), sha256, _git_hash(content))
 
+    def add(self, kind: str, name: str, folder: str | os.PathLike) -> None:
+        """Makes a folder a repository, of whatever namespace."""
+        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        files = {
+            path.relative_to(folder).as_posix(): self._store(path.read_bytes(), path.suffix in _LFS_SUFFIXES)
+            for path in paths
+        }
+        self.repositories[kind, name] = repo = Repository(private=False)
+        repo.commit("initial commit", files, "main")
+
     def files(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
         """Contents of a repository by path."""
         return {path: file.content for path, file in self.repositories[kind, name].at(revision).files.items()}
