@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -76,6 +77,20 @@ def clear_checkpoint(output_dir: Path, step: int) -> None:
         # First what makes it complete: this process may be killed too
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+def logged_tokens(log_history: Sequence[Mapping[str, float]]) -> int:
+    """
+    Number of tokens that were trained on, as of the last log before a checkpoint.
+
+    Args:
+        log_history (`Sequence[Mapping[str, float]]`):
+            What the trainer has logged.
+
+    Returns:
+        `int`: The number, 0 if none was logged.
+    """
+    return int(next((log["num_tokens"] for log in reversed(log_history) if "num_tokens" in log), 0))
 
 
 def _is_complete(path: Path, folders: list[Path], num_processes: int) -> bool:

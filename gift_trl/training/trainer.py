@@ -48,7 +48,7 @@ from gift_trl.training.model_card import (
     without_peft_card,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
-from gift_trl.training.resume import clear_checkpoint, last_complete_checkpoint
+from gift_trl.training.resume import clear_checkpoint, last_complete_checkpoint, logged_tokens
 from gift_trl.training.token_rows import check_token_rows
 from gift_trl.training.weights import token_weights
 
@@ -413,6 +413,9 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if kwargs.get("resume_from_checkpoint") is not None:
+            # SFTTrainer counts from zero again. In later epochs, it is what it is already
+            self._total_train_tokens = max(self._total_train_tokens, logged_tokens(self.state.log_history))
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

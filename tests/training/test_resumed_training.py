@@ -41,6 +41,8 @@ def test_a_checkpoint_cut_short_is_not_taken(interrupted, adapter_weights, caplo
     expected = adapter_weights(whole)
     for name, value in adapter_weights(resumed).items():
         assert value.equal(expected[name]), name
+    logs = [trainer.state.log_history[:6] for trainer in (whole, resumed)]
+    assert [log["num_tokens"] for log in logs[0]] == [log["num_tokens"] for log in logs[1]]
 
 
 @pytest.mark.parametrize(
