@@ -61,10 +61,12 @@ def train(
     from gift_trl.hub import MergeAndPushCallback
     from gift_trl.scripts.data import load_recipe_datasets
     from gift_trl.training import GIFTSFTTrainer
+    from gift_trl.training.resume import find_checkpoint
 
     if model_args.model_name_or_path is None:
         raise ValueError("Nothing says which model to train: set `model_name_or_path` to the base model.")
-    resume = _find_checkpoint(training_args)
+    # Found now, before any long work
+    resume = find_checkpoint(training_args, training_args.resume_from_checkpoint)
     peft_config = get_peft_config(model_args)
     callbacks = []
     if training_args.push_to_hub or merge_args.is_asked_for:
@@ -137,18 +139,6 @@ def base_model_init_kwargs(model_args: "ModelConfig", training_args: "GIFTConfig
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-
-
-def _find_checkpoint(training_args: "GIFTConfig") -> bool | str | None:
-    from gift_trl.training.resume import last_complete_checkpoint
-
-    # The command line gives text where YAML gives a boolean
-    resume = training_args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
-    if resume is True:  # found now, before any long work
-        resume = last_complete_checkpoint(training_args)
-    return resume
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -58,6 +59,40 @@ def last_complete_checkpoint(args: TrainingArguments) -> str:
         "end, or without the state of the optimizer (`save_only_model`). Start again with another `output_dir`, or set "
         "`save_only_model` as it was set then."
     )
+
+
+def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str | None:
+    """
+    Finds what `resume_from_checkpoint` asks for; to be called by every process.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the trainer.
+        wanted (`str` or `bool`, *optional*):
+            Folder of a checkpoint; `True` for the last one that is complete, which there has to be; `"auto"` for that if there
+            is one, so that the same command starts a run and goes on with it. The command line gives booleans as text.
+
+    Returns:
+        `str` or `None`: Folder of the checkpoint, `None` to begin.
+
+    Raises:
+        `ValueError`: As [`last_complete_checkpoint`], for `True`.
+    """
+    text = str(wanted).lower()
+    if text == "true":
+        return last_complete_checkpoint(args)
+    if text != "auto":
+        return None if text in ("false", "none", "") else str(wanted)
+    found = [None]
+    try:
+        found = [last_complete_checkpoint(args)]
+    except ValueError:
+        if any(Path(str(args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            logger.warning(f"No checkpoint in `{args.output_dir}` can be gone on from: starting from the beginning.")
+    # Each process would decide for itself, and one that sees another disk otherwise
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
 
 
 def clear_checkpoint(output_dir: Path, step: int) -> None:

@@ -48,7 +48,7 @@ from gift_trl.training.model_card import (
     without_peft_card,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
-from gift_trl.training.resume import clear_checkpoint, last_complete_checkpoint, logged_tokens
+from gift_trl.training.resume import clear_checkpoint, find_checkpoint, logged_tokens
 from gift_trl.training.token_rows import check_token_rows
 from gift_trl.training.weights import token_weights
 
@@ -274,12 +274,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         return dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args)
+        resume_from_checkpoint = find_checkpoint(self.args, resume_from_checkpoint)
         self._signal.clear("train")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):
-                callback.before_training(self, resume_from_checkpoint or None)
+                callback.before_training(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:

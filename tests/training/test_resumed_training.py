@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gift_trl import GIFTSFTTrainer
-from gift_trl.training.resume import last_complete_checkpoint
+from gift_trl.training.resume import find_checkpoint, last_complete_checkpoint
 
 
 @pytest.fixture
@@ -113,3 +113,23 @@ def test_a_checkpoint_that_is_written_again_is_complete_only_at_its_end(interrup
     monkeypatch.undo()
     whole.args.output_dir = str(folder)
     assert last_complete_checkpoint(whole.args) == str(folder / "checkpoint-2")
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(interrupted, tmp_path, caplog):
+    folder, train, whole = interrupted
+    for step in (2, 4):
+        (folder / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    again = train(folder, resume="auto", max_steps=2)
+    assert "starting from the beginning" in caplog.text and again.state.global_step == 2
+    caplog.clear()
+    train(tmp_path / "new", resume="auto", max_steps=2)
+    assert not caplog.text
+    resumed = train(folder, resume="auto")
+    assert [log["step"] for log in resumed.state.log_history] == [log["step"] for log in whole.state.log_history]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [(None, None), (False, None), ("false", None), ("some/folder", "some/folder")]
+)
+def test_what_resume_from_checkpoint_asks_for(config, wanted, found):
+    assert find_checkpoint(config(), wanted) == found
