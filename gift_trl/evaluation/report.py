@@ -139,14 +139,13 @@ def _findings(comparison: Comparison) -> list[Part]:
 
 
 def _scores(comparison: Comparison) -> list[Part]:
-    rows: list[Sequence[str] | str] = []
+    # A column is a task, or several whose mean it is
+    columns: list[tuple[str, ...]] = []
     for role in ("target", "retention"):
         tasks = comparison.with_role(role)
-        if tasks and len(tasks) < len(comparison.tasks):
-            rows.append(f"{role} tasks")
-        rows += [_score_row(comparison, task) for task in tasks]
-        if len(tasks) > 1:
-            rows.append(_mean_row(comparison, f"mean of the {len(tasks)} {role} tasks", tasks))
+        columns += [(task,) for task in tasks] + ([tasks] if len(tasks) > 1 else [])
+    head = ["model", *(_describe_column(comparison, tasks) for tasks in columns)]
+    rows = [[model, *(_score_cell(comparison, model, tasks) for tasks in columns)] for model in comparison.models]
     note = "Mean score in percent over the problems (Average@n) with its 95 % interval, a bootstrap over problems."
     if comparison.others:
         note += (
@@ -163,7 +162,6 @@ def _scores(comparison: Comparison) -> list[Part]:
             "better at what was trained for, left is lost."
         )
         shown.append(Picture("target_retention.png", "Target against retention", caption, trade_off))
-    head = ["task", "problems", *comparison.models]
     parts: list[Part] = [Heading("Scores"), Text(note, "note"), Table(head, rows), Pictures(shown)]
     if comparison.others and not comparison.with_role("retention"):
         parts.append(
@@ -176,28 +174,23 @@ def _scores(comparison: Comparison) -> list[Part]:
     return parts
 
 
-def _score_row(comparison: Comparison, task: str) -> list[str]:
-    summaries = [comparison.summary(model, task) for model in comparison.models]
-    counts = sorted({summary.num_problems for summary in summaries if summary is not None})
-    cells = []
-    for model, summary in zip(comparison.models, summaries, strict=True):
-        cell = with_interval(summary and summary.average)
-        if difference := comparison.differences.get((model, task)):
-            cell += f"\n{_MARKS[difference.verdict]}{difference_with_interval(difference.interval)}"
-        cells.append(cell)
-    return [task, " or ".join(f"{count:,}" for count in counts), *cells]
+def _describe_column(comparison: Comparison, tasks: Sequence[str]) -> str:
+    role = comparison.roles[tasks[0]]
+    if len(tasks) > 1:
+        return f"mean of the {len(tasks)}\n{role} tasks"
+    found = [comparison.summary(model, tasks[0]) for model in comparison.models]
+    counts = sorted({summary.num_problems for summary in found if summary is not None})
+    problems = f"{' or '.join(f'{count:,}' for count in counts)} problems"
+    return f"{tasks[0]}\n{'retention, ' if role == 'retention' else ''}{problems}"
 
 
-def _mean_row(comparison: Comparison, name: str, tasks: Sequence[str]) -> list[str]:
-    cells = []
-    for model in comparison.models:
-        summaries = [comparison.summary(model, task) for task in tasks]
-        cell = with_interval(mean_interval([summary and summary.average for summary in summaries]))
-        if difference := comparison.mean_difference(model, tasks):
-            interval, verdict = difference
-            cell += f"\n{_MARKS[verdict]}{difference_with_interval(interval)}"
-        cells.append(cell)
-    return [name, "", *cells]
+def _score_cell(comparison: Comparison, model: str, tasks: Sequence[str]) -> str:
+    summaries = [comparison.summary(model, task) for task in tasks]
+    cell = with_interval(mean_interval([summary and summary.average for summary in summaries]))
+    if difference := comparison.mean_difference(model, tasks):
+        interval, verdict = difference
+        cell += f"\n{_MARKS[verdict]}{difference_with_interval(interval)}"
+    return cell
 
 
 def _samples(comparison: Comparison) -> list[Part]:
@@ -238,14 +231,14 @@ def _truncation(comparison: Comparison) -> list[Part]:
     if all(run.summary.truncated is None for run in comparison.runs.values()):
         return []
     rows = [
-        [task, *(_describe_ends(comparison.summary(model, task)) for model in comparison.models)]
-        for task in comparison.tasks
+        [model, *(_describe_ends(comparison.summary(model, task)) for task in comparison.tasks)]
+        for model in comparison.models
     ]
     note = (
         "Answers that were cut off at the allowed length / problems of which no answer ended by itself, in percent; below, the "
         "mean number of tokens. A merged model that has lost its end-of-turn token shows here."
     )
-    parts: list[Part] = [Heading("Do the answers end?"), Text(note, "note"), Table(["task", *comparison.models], rows)]
+    parts: list[Part] = [Heading("Do the answers end?"), Text(note, "note"), Table(["model", *comparison.tasks], rows)]
     if draw := figures.truncation_figure(comparison):
         parts.append(Pictures([Picture("truncation.png", "Answers that did not end", "Mean over the tasks.", draw)]))
     return parts
@@ -319,14 +312,14 @@ def _examples(comparison: Comparison) -> list[Part]:
     if not examples:
         return []
     rows = [
-        [task, *(_count_problems(comparison.differences.get((model, task))) for model in comparison.others)]
-        for task in comparison.tasks
+        [model, *(_count_problems(comparison.differences.get((model, task))) for task in comparison.tasks)]
+        for model in comparison.others
     ]
     counts = f"Numbers of problems with a better / a worse / the same mean score as that of {comparison.reference}:"
     return [
         Heading(f"Problems on which they differ: {len(examples)} examples"),
         Text(counts, "note"),
-        Table(["task", *comparison.others], rows),
+        Table(["model", *comparison.tasks], rows),
         Text(RULE, "note"),
         *(ExampleBlock(example, is_open=example is examples[0]) for example in examples),
     ]

@@ -1,7 +1,7 @@
 """The pictures of an evaluation report, narrow enough for a phone, a column of a paper or a model card."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -35,7 +35,9 @@ def score_figure(comparison: Comparison) -> Draw:
 def _draw_scores(comparison: Comparison, file: BinaryIO, dark: bool) -> None:
     tasks, models = comparison.tasks, comparison.models
     step = 0.7 / max(len(models), 2)
-    with new_figure(file, (_WIDTH, 1.4 + len(tasks) * (0.3 + 0.14 * len(models))), dark=dark) as figure:
+    with new_figure(
+        file, (_WIDTH, 1.0 + _legend_height(models) + len(tasks) * (0.3 + 0.14 * len(models))), dark=dark
+    ) as figure:
         axes = figure.subplots()
         for place, model in enumerate(models):
             rows, intervals = [], []
@@ -81,7 +83,8 @@ def trade_off_figure(comparison: Comparison) -> Draw | None:
 
 
 def _draw_trade_off(comparison: Comparison, places: dict[str, list[Interval]], file: BinaryIO, dark: bool) -> None:
-    with new_figure(file, (_WIDTH, 4.2), dark=dark) as figure:
+    names = (comparison.reference, *places)
+    with new_figure(file, (_WIDTH, 3.8 + _legend_height(names)), dark=dark) as figure:
         axes = figure.subplots()
         axes.axhline(0, color=rcParams["grid.color"], linewidth=1.5)
         axes.axvline(0, color=rcParams["grid.color"], linewidth=1.5)
@@ -99,7 +102,7 @@ def _draw_trade_off(comparison: Comparison, places: dict[str, list[Interval]], f
         axes.margins(0.12)
         axes.set_xlabel(f"retention tasks: points above {comparison.reference}")
         axes.set_ylabel(f"target tasks: points above {comparison.reference}")
-        figure.legend(loc="outside lower center", ncols=_columns((comparison.reference, *places)))
+        figure.legend(loc="outside lower center", ncols=_columns(names))
 
 
 def pass_at_k_figure(comparison: Comparison, task: str) -> Draw | None:
@@ -126,7 +129,7 @@ def pass_at_k_figure(comparison: Comparison, task: str) -> Draw | None:
 def _draw_pass_at_k(
     comparison: Comparison, task: str, curves: dict[str, dict[int, Interval]], file: BinaryIO, dark: bool
 ) -> None:
-    with new_figure(file, (_WIDTH, 3.6), dark=dark) as figure:
+    with new_figure(file, (_WIDTH, 3.2 + _legend_height(curves)), dark=dark) as figure:
         axes = figure.subplots()
         for model, curve in curves.items():
             look = _look(comparison, model)
@@ -210,8 +213,9 @@ def _look(comparison: Comparison, model: str) -> dict[str, Any]:
     """Color and marker of a model, in every picture the same: grey for the reference."""
     if model == comparison.reference:
         return {"color": f"C{len(SERIES) - 1}", "marker": MARKERS[-1], "markersize": 9}
-    place = comparison.others.index(model)
-    return {"color": f"C{place % (len(SERIES) - 1)}", "marker": MARKERS[place % (len(MARKERS) - 1)]}
+    # Colors begin again with other markers, so that no two models look alike
+    round_, color = divmod(comparison.others.index(model), len(SERIES) - 1)
+    return {"color": f"C{color}", "marker": MARKERS[(color + round_) % (len(MARKERS) - 1)]}
 
 
 def _error_sides(intervals: Sequence[Interval]) -> list[list[float]]:
@@ -223,7 +227,12 @@ def _label(comparison: Comparison, task: str) -> str:
     return f"{task}\n(retention)" if comparison.roles[task] == "retention" else task
 
 
-def _columns(names: Sequence[str]) -> int:
+def _legend_height(names: Collection[str]) -> float:
+    """Inches that a legend takes below the axes."""
+    return 0.15 + 0.22 * math.ceil(len(names) / _columns(names))
+
+
+def _columns(names: Collection[str]) -> int:
     """As many columns of a legend as its width has room for."""
     fitting = max(1, 54 // (6 + max(map(len, names))))
     return math.ceil(len(names) / math.ceil(len(names) / fitting))

@@ -74,17 +74,17 @@ class Table:
                 lines.append([f"**{_escape(row)}**", *[""] * (len(self.head) - 1)])
             else:
                 lines.append([_escape(cell).replace("\n", "<br>") for cell in row])
-        return markdown_table(self.head, lines)
+        return markdown_table([cell.replace("\n", "<br>") for cell in self.head], lines)
 
     def to_html(self) -> str:
-        head = "".join(f"<th{self._kind(i)}>{html.escape(cell)}</th>" for i, cell in enumerate(self.head))
+        head = "".join(f"<th{self._kind(i)}>{_cell(cell)}</th>" for i, cell in enumerate(self.head))
         body = "".join(map(self._row_to_html, self.rows))
         return f'<div class="scroll" tabindex="0"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
     def _row_to_html(self, row: Sequence[str] | str) -> str:
         if isinstance(row, str):
             return f'<tr class="group"><th colspan="{len(self.head)}">{html.escape(row)}</th></tr>'
-        first, *others = (html.escape(cell).replace("\n", "<br>") for cell in row)
+        first, *others = map(_cell, row)
         cells = "".join(f"<td{self._kind(i)}>{cell}</td>" for i, cell in enumerate(others, start=1))
         return f"<tr><th>{first}</th>{cells}</tr>"
 
@@ -176,6 +176,10 @@ class ExampleBlock:
             f'<details class="example"{" open" if self.is_open else ""}><summary><b>{html.escape(self._title())}</b></summary>'
             f'<div class="answers">{parts}</div></details>'
         )
+
+
+def _cell(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
 
 
 def _describe(answer: Answer) -> str:

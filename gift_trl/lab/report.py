@@ -236,7 +236,8 @@ li { margin: .35rem 0; }
 .answer { line-height: 2.9; }
 .token { display: inline-block; line-height: 1.15; padding: .15rem .4rem; margin: .1rem; border-radius: .25rem;
   text-align: center; color: #1d1f22; }
-.token small { display: block; font-size: .68rem; }"""
+.token small { display: block; font-size: .68rem; }
+@media (max-width: 48rem) { .scroll img { min-width: 44rem; } }"""
 
 _BODY = """\
 <p class="note">gift-trl quickstart, seed $seed. Base and instruct model, data, training, merging and evaluation were
@@ -249,7 +250,7 @@ made on this machine.</p>
 $num_short problems of one to three operations. retention: $num_retention list tasks. ±: twice the standard error over
 the questions, which are the same for every model. signal: shares of the weighted loss before training that come from
 tokens with a low, middling or high confidence q of the instruct model. $mixes.</p>
-$picture
+<div class="scroll" tabindex="0">$picture</div>
 
 <h2>What this run shows</h2>
 <ul>$shows</ul>

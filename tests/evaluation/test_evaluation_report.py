@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from gift_trl import merge_adapter
 from gift_trl.checkpoints import weights_fingerprint
-from gift_trl.evaluation import report
+from gift_trl.evaluation import report, report_figures
 from gift_trl.evaluation.card import add_to_card
 from gift_trl.evaluation.comparison import compare_results, mean_interval
 from gift_trl.evaluation.paper import RESULTS, place_beside_paper
@@ -383,7 +383,10 @@ def test_report_files(folder, tmp_path):
 
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == set(pictures)
-    assert re.search(r"\| sums \| 200 \| 50.0 \[.*?\] \| 60.0 \[.*?\]<br>▲ \+10.0 \[", text)
+    head = "| model | sums<br>200 problems | words<br>50 problems | mean of the 2<br>target tasks | facts<br>retention, 300 problems |"
+    assert head in text
+    assert re.search(r"^\| instruct \| 50.0 \[[^<>|]*\] \|", text, flags=re.MULTILINE)
+    assert re.search(r"^\| merged \| 60.0 \[[^|]*\]<br>▲ \+10.0 \[", text, flags=re.MULTILINE)
     assert "| sums | all | no answer \\| \\<i\\> | 2 | 7, 9 |" in text
     assert "versions:" in text and "torch: 2.13.0" in text
 
@@ -511,7 +514,7 @@ def test_what_is_evaluated_can_be_reported_and_put_on_the_card(configure, pair, 
     }
     assert "merge" not in comparison.model_config("chat")
     text = (tmp_path / "evaluation_report" / "report.md").read_text(encoding="utf-8")
-    assert "# merged beside chat" in text and "| sums | 6 |" in text and str(tmp_path) not in text
+    assert "# merged beside chat" in text and "| model | sums<br>6 problems |" in text and str(tmp_path) not in text
     (row,) = json.loads((tmp_path / "merged" / "evaluation.json").read_text())
     assert (row["task"], row["instruct_value"]) == ("sums", comparison.summary("chat", "sums").average.mean)
 
@@ -549,6 +552,14 @@ def test_figures_go_on_the_card_of_the_weights_they_are_of(pair, merged, tmp_pat
         add_to_card(comparison, "merged", "adapter")
     with pytest.raises(ValueError, match="MODEL=DIR"):
         command.main([str(folder), "--card", "merged", "--overwrite"])
+
+
+def test_no_two_of_many_models_look_alike(tmp_path):
+    names = ["instruct", *(f"model{number}" for number in range(20))]
+    write_results(tmp_path / "results", {(name, "sums"): solved(30, 10) for name in names})
+    comparison = compare_results([tmp_path / "results"])
+    looks = {(look["color"], look["marker"]) for look in (report_figures._look(comparison, name) for name in names)}
+    assert len(looks) == 21
 
 
 # Browser
