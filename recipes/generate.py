@@ -5,13 +5,17 @@ The files are complete, so that one is enough to read, and equal, so that they d
 what this script writes.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from peft import LoraConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from gift_trl.planning.memory import MemoryEstimate, TrainingSetup, training_memory
+from gift_trl.planning.placement import Placement
+from gift_trl.planning.stages import Batch, build_skeleton
 from gift_trl.scripts.recipe_writer import (
     LORA_RANK,
     MAX_LENGTH,
@@ -22,7 +26,6 @@ from gift_trl.scripts.recipe_writer import (
     smallest_card,
     write_recipe,
 )
-from gift_trl.training.memory import MemoryEstimate, estimate_memory
 
 
 FOLDER = Path(__file__).parent
@@ -61,13 +64,25 @@ def load_models() -> dict[str, dict[str, Any]]:
 
 def make_skeleton(model: dict[str, Any]) -> PreTrainedModel:
     """The model of the published figures, on the meta device."""
+    return build_skeleton(config_of(model))
+
+
+def config_of(model: dict[str, Any]) -> PreTrainedConfig:
     figures = dict(model["config"])
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(figures.pop("model_type"), **figures))
+    return AutoConfig.for_model(figures.pop("model_type"), **figures)
 
 
-def estimate(skeleton: PreTrainedModel, rows: int, **settings: Any) -> MemoryEstimate:
-    return estimate_memory(skeleton, TARGET_MODULES, rank=LORA_RANK, rows=rows, length=MAX_LENGTH, **settings)
+@functools.cache
+def setup_of(name: str, qlora: bool) -> TrainingSetup:
+    """What a recipe of a model trains."""
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.05, target_modules=TARGET_MODULES)
+    return TrainingSetup(config_of(load_models()[name]), lora, load_in_4bit=qlora)
+
+
+def estimate(name: str, rows: int, qlora: bool = False, processes: int = 1, zero_stage: int = 0) -> MemoryEstimate:
+    """Memory of training on rows of the largest length."""
+    batch = Batch(rows, MAX_LENGTH, rows * (MAX_LENGTH - 1), masked=rows > 1)
+    return training_memory(setup_of(name, qlora), batch, Placement("", processes, zero_stage))
 
 
 def annotation_bytes(skeleton: PreTrainedModel) -> int:
@@ -81,7 +96,7 @@ def recipe_of(model: dict[str, Any], task: str, skeleton: PreTrainedModel, *, ql
     path = f"recipes/{name}/{task}{'_qlora' if qlora else ''}.yaml"
     rows = 1 if qlora else model["rows"]
     quantised = qlora and smallest_card(annotation_bytes(skeleton)) > QLORA_CARD
-    size = estimate(skeleton, rows, load_in_4bit=qlora).total
+    size = estimate(name, rows, qlora).total
     needed = size if quantised else max(size, annotation_bytes(skeleton))
     steps = [accumulation_steps(processes, rows) for processes in (1, 8, 16)]
     header = [
@@ -120,10 +135,13 @@ def recipe_of(model: dict[str, Any], task: str, skeleton: PreTrainedModel, *, ql
     )
 
 
-def offers_qlora(model: dict[str, Any], skeleton: PreTrainedModel) -> bool:
+def offers_qlora(model: dict[str, Any]) -> bool:
     """Whether a model is too large for a small GPU without QLoRA, and not with it."""
-    small = smallest_card(estimate(skeleton, 1, load_in_4bit=True).total)
-    return estimate(skeleton, 1).total > QLORA_ABOVE and small is not None and small <= QLORA_CARD
+    for rows in (model["rows"], 1):  # the first has been estimated already
+        if estimate(model["name"], rows).total <= QLORA_ABOVE:
+            return False
+    small = smallest_card(estimate(model["name"], 1, qlora=True).total)
+    return small is not None and small <= QLORA_CARD
 
 
 def evaluation_of(model: dict[str, Any], task: str) -> str:
@@ -220,7 +238,7 @@ gift-trl train --accelerate_config two_nodes --machine_rank 1 --main_process_ip 
 |---|---|---|---|
 {hardware}
 
-The memory is an estimate from the shapes (`gift_trl.training.memory`), with rows of 2,048 tokens, *not measured on a GPU*; CUDA
+The memory is an estimate from the shapes, as of `gift-trl estimate`, with rows of 2,048 tokens, *not measured on a GPU*; CUDA
 and the allocator take more. `--per_device_train_batch_size` changes the rows, not the batch. While the data is scored, before
 the training, the instruct model takes {annotation} on one GPU, and some for its batches.
 {qlora}
@@ -264,19 +282,19 @@ def readme_of(model: dict[str, Any], skeleton: PreTrainedModel) -> str:
     placements = [(1, "none", 0), (8, "ZeRO-2", 2), (8, "ZeRO-3", 3), (16, "ZeRO-3, two machines", 3)]
     hardware = [
         f"| {n} | {kind} | {n} × {rows} × {accumulation_steps(n, rows)} | "
-        f"{gibibytes(estimate(skeleton, rows, processes=n, zero_stage=stage).total)} |"
+        f"{gibibytes(estimate(model['name'], rows, processes=n, zero_stage=stage).total)} |"
         for n, kind, stage in placements
     ]
     tasks = read("tasks.yaml")
     recipes = [f"| [{task}.yaml]({task}.yaml) | {facts['source']} |" for task, facts in tasks.items()]
     qlora = ""
-    if offers_qlora(model, skeleton):
+    if offers_qlora(model):
         recipes += [f"| [math_qlora.yaml](math_qlora.yaml) | the same as math.yaml, on one card of {QLORA_CARD} GB |"]
         large = smallest_card(annotation_bytes(skeleton)) > QLORA_CARD
         qlora = QLORA.format(
             name=model["name"],
-            memory=gibibytes(estimate(skeleton, 1, load_in_4bit=True).total),
-            plain=gibibytes(estimate(skeleton, 1).total),
+            memory=gibibytes(estimate(model["name"], 1, qlora=True).total),
+            plain=gibibytes(estimate(model["name"], 1).total),
             instruct=" Its instruct model does not fit on that card in bf16, so the data is scored in NF4 too; to score with the exact"
             " model, annotate elsewhere and train with `--dataset annotated`." if large else "",
         )  # fmt: skip
@@ -300,7 +318,7 @@ def generate() -> dict[str, str]:
             files[f"{name}/{task}.yaml"] = recipe_of(model, task, skeleton)
             if facts["evaluation"]:
                 files[f"{name}/{task}_evaluation.yaml"] = evaluation_of(model, task)
-        if offers_qlora(model, skeleton):
+        if offers_qlora(model):
             files[f"{name}/math_qlora.yaml"] = recipe_of(model, "math", skeleton, qlora=True)
         files[f"{name}/README.md"] = readme_of(model, skeleton)
     return files

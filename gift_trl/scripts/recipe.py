@@ -86,12 +86,8 @@ def make_recipe(options: argparse.Namespace) -> str:
         `ValueError`: If the two models are no pair, or the data is not understood.
         `FileNotFoundError`: If a model or file is not found.
     """
-    import copy
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from gift_trl.model_pair import check_same_architecture, check_same_vocabulary, load_config, load_tokenizer
+    from gift_trl.planning.stages import build_skeleton
     from gift_trl.scripts.recipe_facts import data_settings, linear_target_modules, read_template
     from gift_trl.scripts.recipe_writer import RecipeChoices, write_recipe
 
@@ -106,10 +102,10 @@ def make_recipe(options: argparse.Namespace) -> str:
         check_same_vocabulary(base_tokenizer, tokenizer)
     facts = read_template(tokenizer, options.instruct, options.instruct_revision)
     data, name = data_settings(options.dataset, options.prompt_column, options.completion_column)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(load_config(options.base, **base_kwargs)))
+    config = load_config(options.base, **base_kwargs)
+    skeleton = build_skeleton(config)
     targets = linear_target_modules(skeleton)
-    rows, hardware = _place(skeleton, targets, options)
+    rows, hardware = _place(config, targets, options)
     file = options.output or "recipe.yaml"
     header = [
         f"GIFT on {options.base}, merged into {options.instruct}, with the paper's settings. Written by `gift-trl recipe`.",
@@ -141,23 +137,22 @@ def make_recipe(options: argparse.Namespace) -> str:
     return write_recipe(header, choices)
 
 
-def _place(skeleton, targets: list[str], options: argparse.Namespace) -> tuple[int, list[str]]:
+def _place(config, targets: list[str], options: argparse.Namespace) -> tuple[int, list[str]]:
     """Rows of a forward pass and lines about the hardware: one GPU if that is enough, or ZeRO-3 over the fewest."""
-    from gift_trl.scripts.recipe_writer import GLOBAL_BATCH, LORA_RANK, accumulation_steps, gibibytes, needed_memory
-    from gift_trl.training.memory import estimate_memory
+    from peft import LoraConfig
 
+    from gift_trl.planning.memory import TrainingSetup, needed_memory, training_memory
+    from gift_trl.planning.placement import Placement
+    from gift_trl.planning.stages import Batch
+    from gift_trl.scripts.recipe_writer import GLOBAL_BATCH, LORA_RANK, accumulation_steps, gibibytes
+
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.05, target_modules=targets)
+    setup = TrainingSetup(config, lora, load_in_4bit=options.load_in_4bit)
     for processes in _GPUS:
+        placement = Placement("zero3", processes, zero_stage=3 if processes > 1 else 0)
         for rows in (rows for rows in _ROWS if GLOBAL_BATCH % (processes * rows) == 0):
-            size = estimate_memory(
-                skeleton,
-                targets,
-                rank=LORA_RANK,
-                rows=rows,
-                length=options.max_length,
-                processes=processes,
-                zero_stage=3 if processes > 1 else 0,
-                load_in_4bit=options.load_in_4bit,
-            ).total
+            batch = Batch(rows, options.max_length, rows * (options.max_length - 1), masked=rows > 1)
+            size = training_memory(setup, batch, placement).total
             if needed_memory(size) <= options.gpu_memory_gb:
                 where = "one GPU" if processes == 1 else f"{processes} GPUs with `--accelerate_config zero3`"
                 steps = accumulation_steps(processes, rows)

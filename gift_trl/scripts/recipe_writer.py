@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from gift_trl.planning.memory import needed_memory
+
 
 GLOBAL_BATCH = 256
 MAX_LENGTH = 2048
 LORA_RANK = 64
-# Of an estimate, for what CUDA and the allocator keep: a share and GiB
-_RESERVE = (0.05, 1.0)
 # GiB of the memory of GPUs that are sold
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
 
@@ -199,21 +199,6 @@ def gibibytes(size: float) -> str:
         `str`: GiB with one decimal.
     """
     return f"{size / 2**30:.1f} GiB"
-
-
-def needed_memory(size: float) -> float:
-    """
-    Memory of a GPU on which an estimate leaves room for what CUDA and the allocator keep.
-
-    Args:
-        size (`float`):
-            Bytes that are estimated.
-
-    Returns:
-        `float`: GiB.
-    """
-    share, fixed = _RESERVE
-    return size / 2**30 * (1 + share) + fixed
 
 
 def smallest_card(size: float) -> int | None:

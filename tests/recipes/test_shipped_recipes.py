@@ -17,7 +17,6 @@ from gift_trl.scripts import train
 from gift_trl.scripts.columns import map_columns
 from gift_trl.scripts.recipe_writer import accumulation_steps
 from gift_trl.scripts.recipes import recipes_folder
-from gift_trl.training.memory import adapter_size
 
 
 FOLDER = recipes_folder()
@@ -46,6 +45,7 @@ def skeletons(generator, models) -> dict:
     return {name: generator.make_skeleton(model) for name, model in models.items()}
 
 
+@pytest.mark.slow  # every size of every model is estimated
 def test_every_file_is_as_it_is_generated(generator):
     generated = generator.generate()
     for path, text in generated.items():
@@ -86,7 +86,6 @@ def test_recipe(path, models, skeletons):
     # What is adapted exists, in every layer
     found = [n for n, _ in skeletons[name].named_modules() if n.rpartition(".")[2] in lora.target_modules]
     assert len(found) == 7 * model["config"]["num_hidden_layers"]
-    assert adapter_size(skeletons[name], lora.target_modules, lora.r) > 0
     # The header
     header = text.partition("\n\n")[0]
     assert f"gift-trl train --config recipes/{path}\n" in header
