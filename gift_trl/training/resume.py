@@ -1,9 +1,12 @@
 """The checkpoint that a killed run goes on from."""
 
+import errno
 import json
+import os
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -14,6 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 logger = get_logger(__name__)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Bytes: of a failed write torch says nothing but that
+_LITTLE_ROOM = 2**20
 
 
 def last_complete_checkpoint(args: TrainingArguments) -> str:
@@ -83,7 +90,7 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
         return last_complete_checkpoint(args)
     if text != "auto":
         return None if text in ("false", "none", "") else str(wanted)
-    found = [None]
+    found: list[str | None] = [None]
     try:
         found = [last_complete_checkpoint(args)]
     except ValueError:
@@ -93,6 +100,38 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
     if args.world_size > 1:
         broadcast_object_list(found)
     return found[0]
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """
+    Says what to do when a checkpoint or an adapter finds no room.
+
+    Args:
+        folder (`Path`):
+            Folder that is written to.
+
+    Raises:
+        `OSError`: In place of what the libraries raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch have errors of their own, with the system's words or without
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in _NO_ROOM and not any(os.strerror(known) in str(error) for known in _NO_ROOM):
+            if not isinstance(error, RuntimeError) or shutil.disk_usage(_existing(folder)).free > _LITTLE_ROOM:
+                raise
+        raise OSError(
+            number or errno.ENOSPC,
+            "The disk is full. The checkpoints before are whole: free some space, or keep fewer (`save_total_limit`), and go on "
+            "with `resume_from_checkpoint: true`",
+            str(folder),
+        ) from error
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def clear_checkpoint(output_dir: Path, step: int) -> None:

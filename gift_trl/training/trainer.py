@@ -48,7 +48,7 @@ from gift_trl.training.model_card import (
     without_peft_card,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
-from gift_trl.training.resume import clear_checkpoint, find_checkpoint, logged_tokens
+from gift_trl.training.resume import clear_checkpoint, explain_full_disk, find_checkpoint, logged_tokens
 from gift_trl.training.token_rows import check_token_rows
 from gift_trl.training.weights import token_weights
 
@@ -421,7 +421,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         if self.args.should_save:
             clear_checkpoint(Path(self._get_output_dir(trial=trial)), self.state.global_step)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with explain_full_disk(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(model, trial)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
@@ -446,7 +447,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        with without_peft_card():
+        with without_peft_card(), explain_full_disk(folder):
             super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
             self._training_facts().write(folder)

@@ -1,12 +1,15 @@
 """A run that was killed goes on from the last checkpoint that was written to its end."""
 
+import errno
+import os
 import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from gift_trl import GIFTSFTTrainer
-from gift_trl.training.resume import find_checkpoint, last_complete_checkpoint
+from gift_trl.training.resume import explain_full_disk, find_checkpoint, last_complete_checkpoint
 
 
 @pytest.fixture
@@ -133,3 +136,29 @@ def test_one_command_starts_a_run_and_goes_on_with_it(interrupted, tmp_path, cap
 )
 def test_what_resume_from_checkpoint_asks_for(config, wanted, found):
     assert find_checkpoint(config(), wanted) == found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_full_disk_is_explained(interrupted, monkeypatch, error):
+    folder, train, _ = interrupted
+
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(GIFTSFTTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match=r"The disk is full.*free some space.*go on with `resume_from_checkpoint: true`"):
+        train(folder, resume=True)
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    for error in (RuntimeError("CUDA error"), ValueError("wrong"), PermissionError(errno.EACCES, "denied")):
+        with pytest.raises(type(error)) as raised, explain_full_disk(tmp_path / "new"):
+            raise error
+        assert raised.value is error
