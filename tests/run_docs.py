@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,11 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run_page(page: Path, prepared: Path) -> list[Outcome]:
+def run_page(page: Path, prepared: Path) -> Iterator[Outcome]:
     """Runs a page in a copy of a folder."""
     from datasets import load_dataset
     from peft import LoraConfig
 
-    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         shutil.copytree(prepared, folder, dirs_exist_ok=True)
         # What the Python of the pages takes for granted
@@ -81,10 +81,9 @@ def run_page(page: Path, prepared: Path) -> list[Outcome]:
         scope: dict[str, Any] = {"dataset": data, "peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
         for block in blocks_of(page):
             if block.language == "bash":
-                outcomes += [run_command(command) for command in commands_of(block)]
+                yield from map(run_command, commands_of(block))
             elif block.language == "python" or (block.language == "diff" and "(" in block.text):
-                outcomes.append(run_python(block, scope))
-    return outcomes
+                yield run_python(block, scope)
 
 
 def run_command(command: Command) -> Outcome:
@@ -113,13 +112,16 @@ def run_python(block: Block, scope: dict[str, Any]) -> Outcome:
     """Runs a block of Python, in which names of earlier blocks are known; of a change, what it leads to."""
     source, start = changed(block)[1] if block.language == "diff" else block.text, time.perf_counter()
     check_python(source)
+    text = f"{block.language}: {block.text.splitlines()[0]} …"
+    if "(..." in source:  # the rest is as before
+        return Outcome(block.page, block.line, text, None, "parsed")
     source = source.replace("GIFTConfig(", "GIFTConfig(use_cpu=True, report_to='none', ")
     shutil.rmtree("merged", ignore_errors=True)
     status, how = _status_of(lambda: exec(source, scope))
     return Outcome(
         block.page,
         block.line,
-        f"{block.language}: {block.text.splitlines()[0]} …",
+        text,
         status,
         how,
         time.perf_counter() - start,
@@ -223,14 +225,11 @@ DATA = {
 }
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """A line for each command: where it stands, its exit status or why it has none, seconds, and what it is."""
-    lines = []
-    for outcome in outcomes:
-        status = outcome.how.splitlines()[0] if outcome.status is None else str(outcome.status)
-        seconds = "" if outcome.status is None else f"{outcome.seconds:.1f} s"
-        lines.append(f"{outcome.page}:{outcome.line} | {status} | {seconds} | {' '.join(outcome.text.split())}")
-    return "\n".join(["where | exit status | time | command", *lines])
+def row(outcome: Outcome) -> str:
+    """Where a command stands, its exit status or why it has none, seconds, and what it is."""
+    status = outcome.how.splitlines()[0] if outcome.status is None else str(outcome.status)
+    seconds = "" if outcome.status is None else f"{outcome.seconds:.1f} s"
+    return f"{outcome.page}:{outcome.line} | {status} | {seconds} | {' '.join(outcome.text.split())}"
 
 
 def main() -> None:
@@ -246,8 +245,11 @@ def main() -> None:
         prepared.mkdir()
         with contextlib.redirect_stdout(io.StringIO()):
             prepare(prepared)
-        outcomes = [outcome for page in options.pages for outcome in run_page(ROOT / page, prepared)]
-    print(table(outcomes))
+        print("where | exit status | time | command")
+        outcomes = []
+        for outcome in (outcome for page in options.pages for outcome in run_page(ROOT / page, prepared)):
+            print(row(outcome), flush=True)
+            outcomes.append(outcome)
     failures = [outcome for outcome in outcomes if outcome.status not in (0, None)]
     for outcome in failures:
         print(f"\n{outcome.page}:{outcome.line}: {outcome.text}\n{outcome.how}", file=sys.stderr)

@@ -104,6 +104,38 @@ def test_recipe(path, models, skeletons):
     assert base.load_in_4bit == path.endswith("_qlora.yaml")
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_page_of_a_model(name):
+    """Every row of its table makes 256 rows a step, with the GPUs of a launch line that stands there."""
+    page = (FOLDER / name / "README.md").read_text()
+    table = re.findall(r"^\| (\d+) \| ([^|]+) \| (\d+) × (\d+) × (\d+) \|", page, re.MULTILINE)
+    assert [(int(gpus), kind) for gpus, kind, *_ in table] == [
+        (1, "none"),
+        (8, "ZeRO-2"),
+        (8, "ZeRO-3"),
+        (16, "ZeRO-3, two machines"),
+    ]
+    lines = {
+        "none": f"gift-trl train --config recipes/{name}/math.yaml\n",
+        "ZeRO-2": f"gift-trl train --accelerate_config zero2 --num_processes 8 --config recipes/{name}/math.yaml\n",
+        "ZeRO-3": f"gift-trl train --accelerate_config zero3 --num_processes 8 --config recipes/{name}/math.yaml\n",
+        "ZeRO-3, two machines": "gift-trl train --accelerate_config two_nodes --machine_rank 1 ",
+    }
+    args = parse(f"{name}/math.yaml")[1]
+    for gpus, kind, processes, rows, steps in table:
+        assert gpus == processes and int(processes) * int(rows) * int(steps) == 256
+        assert int(rows) == args.per_device_train_batch_size
+        assert lines[kind] in page
+    two_nodes = yaml.safe_load((FOLDER / "accelerate_configs" / "two_nodes.yaml").read_text())
+    assert (two_nodes["num_processes"], two_nodes["num_machines"]) == (16, 2)
+    # The first line of a recipe's header is the one of the page
+    header = (FOLDER / name / "math.yaml").read_text().partition("\n\n")[0]
+    assert {line.strip("# ") + "\n" for line in header.splitlines() if "gift-trl" in line} == {
+        lines["none"],
+        lines["ZeRO-2"],
+    }
+
+
 def test_unknown_keys_are_refused(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((FOLDER / RECIPES[0]).read_text() + "learning_rte: 1.0\n")
