@@ -76,7 +76,7 @@ def describe(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def _expression(latex: str) -> sympy.Basic | None:
-    """The parsed LaTeX. Decimals become fractions, so that only exact numbers are in it."""
+    """The parsed LaTeX. Decimals become fractions, so that only exact numbers are in it, and `i` the imaginary unit."""
     latex = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", latex)
     latex = _DECIMAL.sub(_as_fraction, latex)
     parsed = parse(
@@ -87,7 +87,12 @@ def _expression(latex: str) -> sympy.Basic | None:
         extraction_mode="first_match",
         parsing_timeout=None,
     )
-    return parsed[0] if parsed and isinstance(parsed[0], sympy.Basic | sympy.MatrixBase) else None
+    if not parsed or not isinstance(parsed[0], sympy.Basic | sympy.MatrixBase):
+        return None
+    if not isinstance(parsed[0], sympy.Expr | sympy.Eq):
+        return parsed[0]
+    expression = parsed[0].subs({symbol: sympy.I for symbol in parsed[0].free_symbols if symbol.name == "i"})
+    return expression.doit() if expression.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit) else expression
 
 
 def _as_fraction(match: re.Match) -> str:
@@ -135,4 +140,4 @@ def _proportional(right: sympy.Eq, given: sympy.Eq) -> bool:
     if any(value is None or value == 0 for pair in values for value in pair):
         return False
     ratios = [first / second for first, second in values]
-    return abs(ratios[0] - ratios[1]) <= _TOLERANCE * abs(ratios[0])
+    return bool(abs(ratios[0] - ratios[1]) <= _TOLERANCE * abs(ratios[0]))

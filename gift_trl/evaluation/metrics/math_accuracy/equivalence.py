@@ -2,17 +2,30 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
 
 from gift_trl.evaluation.metrics.math_accuracy.parts import Answer
 from gift_trl.evaluation.metrics.math_accuracy.quantities import Number, agree, read_number
+from gift_trl.evaluation.metrics.math_accuracy.units import Unit, known_unit, split_unit
 
 
+_DEGREE, _RADIAN = known_unit("degree"), known_unit("radian")
 _SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?")
+_BOUND = re.compile(r"_\{[^{}]*\}")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _MATHEMATICAL_WORD = re.compile(r"\\|[\d^_=<>+*/{}()|]")
 _RELATION = re.compile(r"[=<>]|\\(?:[lgn]e|in|equiv)(?![A-Za-z])")
 # A time, a ratio or a number in another base means what its digits say, and nothing can be computed from it
 _NOTATION = re.compile(r"\d\s*:\s*\d|\d\s*_")
+
+
+_MARKS = {"set": ("{", "}"), "matrix": ("[", "]"), "except": ("R\\\\{", "}")}
+_SUBSCRIPT = re.compile(r"_\{(\w+)\}|\^\{(\w)\}")
+_ARTICLE = re.compile(r"^\s*(?:an?|the)\s+", re.IGNORECASE)
+# A letter that may be a unit beside an answer with that unit
+_LETTER_AFTER_NUMBER = re.compile(r"(?<=\d)(?=[a-z]$)")
 
 
 def equivalent(reference: Answer, prediction: Answer, same_value: Callable[[str, str], bool]) -> bool:
@@ -23,8 +36,9 @@ def equivalent(reference: Answer, prediction: Answer, same_value: Callable[[str,
       two numbers, 50% is 0.5, and also 50, since a question may ask for the percentage; 0.5% is not 0.5.
     - A list without brackets is in any order, as a set; next to a tuple its order counts. A tuple or an interval is equal to
       one with the same brackets, which are passed over from three parts on. A column is equal to a tuple.
-    - Two known units must be the same; one alone, or one that is not known, does not count. Nor does what the answer is
-      called (`x = 5` is 5), unless both have a name and the two are different symbols.
+    - Two known units must measure the same, and 100 cm is 1 m; one alone, or one that is not known, does not count. Nor does
+      what the answer is called (`x = 5` is 5), unless both have a name and the two are different symbols.
+    - The choice of a competition, "(C) 42", is its letter as well as its value.
     - Words are compared without case and punctuation.
 
     Args:
@@ -42,6 +56,11 @@ def equivalent(reference: Answer, prediction: Answer, same_value: Callable[[str,
     if len(names) == 2 and all(_SYMBOL.fullmatch(name) for name in names):
         return False
     kinds = reference.kind, prediction.kind
+    if "choice" in kinds:
+        if kinds[0] == kinds[1]:
+            return equivalent(reference.items[0], prediction.items[0], same_value)
+        pairs = product(*(answer.items if answer.kind == "choice" else [answer] for answer in (reference, prediction)))
+        return any(equivalent(*pair, same_value) for pair in pairs)
     if kinds == ("scalar", "scalar"):
         return _same_scalar(reference, prediction, same_value)
     if "scalar" in kinds and "list" in kinds:  # the same value in several forms, as 1/2 = 0.5
@@ -56,7 +75,7 @@ def equivalent(reference: Answer, prediction: Answer, same_value: Callable[[str,
             return _in_order(*((other.items, column) if swapped else (column, other.items)), same_value)
     if set(kinds) in ({"list"}, {"union"}, {"list", "union"}):
         return _in_any_order(reference.items, prediction.items, same_value)
-    if set(kinds) in ({"set"}, {"list", "set"}):
+    if set(kinds) in ({"set"}, {"list", "set"}, {"except"}):
         return _in_any_order(_distinct(reference.items), _distinct(prediction.items), same_value)
     same_brackets = kinds[0] == kinds[1] or (len(reference.items) > 2 and all(len(kind) == 2 for kind in kinds))
     if same_brackets or set(kinds) == {"list", "()"}:
@@ -82,9 +101,11 @@ def canonical(answer: Answer, describe: Callable[[str], str]) -> str:
         sign = "%" if answer.percent else ""
         return (str(number.value) if number else describe(answer.text)) + sign
     items = [canonical(item, describe) for item in answer.items]
-    if answer.kind in ("list", "set", "union"):
+    if answer.kind == "choice":
+        return items[0]
+    if answer.kind in ("list", "set", "union", "except"):
         items = sorted(items)
-    left, right = answer.kind if len(answer.kind) == 2 else {"set": "{}", "matrix": "[]"}.get(answer.kind, ("", ""))
+    left, right = answer.kind if len(answer.kind) == 2 else _MARKS.get(answer.kind, ("", ""))
     return left + ", ".join(items) + right
 
 
@@ -99,7 +120,9 @@ def plain_text(text: str) -> str:
     Returns:
         `str`: The text without white space, words in lower case.
     """
-    return _letters(text) if _is_words(text) else re.sub(r"\s+", "", text)
+    if _is_words(text):
+        return "".join(re.findall(r"\w", _ARTICLE.sub("", text).casefold()))
+    return _SUBSCRIPT.sub(lambda match: f"{match[0][0]}{match[1] or match[2]}", re.sub(r"\s+", "", text))
 
 
 def _in_order(
@@ -133,19 +156,26 @@ def _distinct(items: Iterable[Answer]) -> list[Answer]:
 
 def _same_scalar(reference: Answer, prediction: Answer, same_value: Callable[[str, str], bool]) -> bool:
     """Whether two single expressions are equal."""
-    if reference.unit and prediction.unit and reference.unit != prediction.unit:
+    reference, prediction = _with_unit(reference, prediction), _with_unit(prediction, reference)
+    reference, prediction = _as_angle(reference, prediction), _as_angle(prediction, reference)
+    scale = _scale(prediction.unit, reference.unit)
+    if scale is None:
         return False
     right, given = reference.text, prediction.text
     numbers = read_number(right), read_number(given)
+    if numbers[1] and scale != 1:
+        numbers = numbers[0], numbers[1].scaled(scale.numerator, scale.denominator)
     if None not in numbers:
         return _same_number(*numbers, reference.percent, prediction.percent)
     if not right or not given or reference.percent != prediction.percent:
         return False
+    if scale != 1:
+        given = rf"\frac{{{scale.numerator}}}{{{scale.denominator}}} \cdot ({given})"
     if plain_text(right) == plain_text(given):
         return True
     if _is_words(right) or _is_words(given) or _NOTATION.search(right) or _NOTATION.search(given):
         return False
-    relations = bool(_RELATION.search(right)), bool(_RELATION.search(given))
+    relations = _is_relation(right), _is_relation(given)
     if relations == (True, False) and prediction.name:
         given = f"{prediction.name} = {given}"
     elif relations == (False, True) and reference.name:
@@ -153,6 +183,32 @@ def _same_scalar(reference: Answer, prediction: Answer, same_value: Callable[[st
     elif relations[0] != relations[1]:
         return False
     return same_value(right, given)
+
+
+def _with_unit(answer: Answer, other: Answer) -> Answer:
+    """An answer that ends in a single letter, which is a unit where the other one has a unit of its kind: 5m beside 5 cm."""
+    if answer.unit is None and other.unit is not None and _LETTER_AFTER_NUMBER.search(answer.text):
+        text, unit, _ = split_unit(_LETTER_AFTER_NUMBER.sub(" ", answer.text))
+        if unit is not None and unit.dimension == other.unit.dimension:
+            return replace(answer, text=text, unit=unit)
+    return answer
+
+
+def _as_angle(answer: Answer, other: Answer) -> Answer:
+    r"""An angle without a unit, if the other one is in degrees or radians, and it is not: 90 degrees beside \pi/2."""
+    if answer.unit == _RADIAN:
+        return replace(answer, unit=None)
+    in_radians = other.unit == _RADIAN or (other.unit is None and r"\pi" in other.text)
+    if answer.unit == _DEGREE and in_radians:
+        return replace(answer, text=rf"\frac{{\pi}}{{180}} \cdot ({answer.text})", unit=None)
+    return answer
+
+
+def _scale(unit: Unit | None, wanted: Unit | None) -> Fraction | None:
+    """What a number in one unit is multiplied with to be in another; 1 if one of them is missing, `None` for another dimension."""
+    if unit is None or wanted is None:
+        return Fraction(1)
+    return unit.factor / wanted.factor if unit.dimension == wanted.dimension else None
 
 
 def _same_number(right: Number, given: Number, right_percent: bool, given_percent: bool) -> bool:
@@ -163,11 +219,11 @@ def _same_number(right: Number, given: Number, right_percent: bool, given_percen
     return share or (abs((right if right_percent else given).value) > 1 and agree(right, given))
 
 
+def _is_relation(text: str) -> bool:
+    """Whether a text is an equation or inequality; the bounds of a sum are not."""
+    return bool(_RELATION.search(_BOUND.sub("", text)))
+
+
 def _is_words(text: str) -> bool:
     """Whether a text is language, not mathematics."""
     return bool(_WORD.search(text)) and not _MATHEMATICAL_WORD.search(text)
-
-
-def _letters(text: str) -> str:
-    """The letters and digits of words, without case."""
-    return "".join(re.findall(r"\w", text.casefold()))

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from itertools import product
 
-from gift_trl.evaluation.metrics.math_accuracy.quantities import split_unit
 from gift_trl.evaluation.metrics.math_accuracy.typesetting import CLOSE_WORDS, OPEN_WORDS, clean_latex
+from gift_trl.evaluation.metrics.math_accuracy.units import Unit, split_unit
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,14 @@ class Answer:
     Parameters:
         kind (`str`):
             `"scalar"`; or what `items` are: a `"list"` (without brackets), a `"set"`, a `"union"`, a `"matrix"` (of lists),
-            or the brackets of a tuple or interval, as in `"(]"`.
+            the brackets of a tuple or interval, as in `"(]"`, the numbers `"except"` which all real ones are meant, or the
+            letter and the value of a `"choice"`.
         text (`str`, *optional*, defaults to `""`):
             The LaTeX of a scalar, without typesetting, name and unit.
         name (`str`, *optional*, defaults to `""`):
             What stands before the equals sign in `x = 5`, or before `\in`.
-        unit (`str`, *optional*, defaults to `""`):
-            Its unit by a standard name, if it is a known one.
+        unit ([`Unit`], *optional*):
+            Its unit, if it is a known one.
         percent (`bool`, *optional*, defaults to `False`):
             Whether it is a percentage.
         items (`tuple[Answer, ...]`, *optional*):
@@ -32,7 +33,7 @@ class Answer:
     kind: str
     text: str = ""
     name: str = ""
-    unit: str = ""
+    unit: Unit | None = None
     percent: bool = False
     items: tuple["Answer", ...] = ()
 
@@ -47,6 +48,8 @@ _APPROX = re.compile(_TOKEN + r"\\approx(?![A-Za-z]))")
 _UNION = re.compile(_TOKEN + r"\\cup(?![A-Za-z]))")
 _ORDER = re.compile(_TOKEN + r"<|>|\\[lg]e(?![A-Za-z]))")
 _CELL = re.compile(_TOKEN + r"&)")
+_UNEQUAL = re.compile(_TOKEN + r"\\ne(?![A-Za-z]))")
+_WITHOUT = re.compile(_TOKEN + r"\\(?:setminus|backslash)(?![A-Za-z])|(?<=\\mathbb\{R\})\s*-)")
 _ROW = re.compile(r"(?P<open>\\begin(?![A-Za-z])|\{)|(?P<close>\\end(?![A-Za-z])|\})|(?P<separator>\\\\)")
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
@@ -54,8 +57,23 @@ _MATRIX = re.compile(r"\\begin\s*\{([pb]?matrix|array)\}(?:\s*\{[clr|\s]*\})?(.*
 _SET_BUILDER = re.compile(r"\s*[A-Za-z]\s*(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|[|:])(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\s*(?:[A-Za-z]|\\(?:theta|alpha|beta|phi|lambda|mu))\s*")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|[A-Za-z\d])|\([^()]*\)")
+_VARIABLES = re.compile(r"\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)\s*")
+_DERIVATIVE = re.compile(r"\\frac\s*\{\s*d\s*[A-Za-z]?\s*\}\s*\{\s*d\s*[A-Za-z]\s*\}")
 _NAME = re.compile(rf"(?=.*[A-Za-z])(?!\s*-)[A-Za-z\\{{}}'+\-\s|{OPEN_WORDS}{CLOSE_WORDS}]+", re.DOTALL)
 _OPERATION = re.compile(r"\\(?:sqrt|log|ln|exp|sin|cos|tan|frac|pm|mp|cdot|times)(?![A-Za-z])")
+_REALS = re.compile(
+    r"\\mathbb\s*\{?\s*R\s*\}?|\\R|(?:the\s+set\s+of\s+)?all\s+reals?(?:\s+numbers?)?|real\s+numbers", re.IGNORECASE
+)
+_STATEMENT = re.compile(
+    rf"\s*{OPEN_WORDS}?\s*(?:(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is)?\s*:?|(?:option|choice)(?=\s*\(?[A-J]\)?\W*$))"
+    rf"\s*{CLOSE_WORDS}?(?=.*\w)",
+    re.IGNORECASE | re.DOTALL,
+)
+_CHOICE = re.compile(
+    rf"{OPEN_WORDS}\s*\(?([A-J])[).:]\s*{CLOSE_WORDS}(.+)|{OPEN_WORDS}?\s*\(?([A-J])[).:]\s+(?![-+*/^=<>]|\\(?:cdot|times|div|pm|c[au]p)(?![A-Za-z]))(.+)",
+    re.DOTALL,
+)
+_LABEL = re.compile(r"[A-Z]'?\s*(?=\()")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 
 
@@ -71,7 +89,17 @@ def parse_answer(text: str) -> Answer:
         [`Answer`]: Its parts.
     """
     text = _without_braces(clean_latex(text))
-    return _parse(_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text), depth=0)
+    statement = _STATEMENT.match(text)
+    if statement:
+        text = text[statement.end() :].strip()
+        if text.count(CLOSE_WORDS) > text.count(OPEN_WORDS):
+            text = text.replace(CLOSE_WORDS, "", 1)
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    choice = _CHOICE.fullmatch(text)
+    if choice:
+        letter, value = choice[1] or choice[3], choice[2] or choice[4]
+        return Answer("choice", items=(Answer("scalar", letter), _parse(value, depth=1)))
+    return _parse(text, depth=0)
 
 
 def _parse(text: str, depth: int) -> Answer:
@@ -81,16 +109,27 @@ def _parse(text: str, depth: int) -> Answer:
         return Answer("scalar", text)
     parts = [part for part in _split(text, _COMMA) if part.strip()]
     if len(parts) > 1:
-        return Answer("list", items=_flat(_parse(part, depth + 1) for part in parts))
+        return _list([_parse(part, depth + 1) for part in parts])
     name, text = _split_name(parts[0] if parts else "")
     text = _without_braces(text)
-    answer = _union(text, depth) or _bracketed(text, depth) or _matrix(text, depth) or _interval(text) or _signed(text)
+    answer = (
+        _except(text, depth)
+        or _union(text, depth)
+        or _bracketed(text, depth)
+        or _matrix(text, depth)
+        or _interval(text)
+        or _signed(text)
+    )
     return replace(answer, name=name) if name else answer
 
 
-def _flat(items) -> tuple[Answer, ...]:
-    """The items of a list, with those of lists in it."""
-    return tuple(part for item in items for part in (item.items if item.kind == "list" else [item]))
+def _list(items: list[Answer]) -> Answer:
+    """A list, with the items of lists in it; of what is left out, as in `x \\ne 1, 2`, all that is."""
+    flat = tuple(part for item in items for part in (item.items if item.kind == "list" else [item]))
+    if flat[0].kind == "except" and all(item.kind in ("except", "scalar") for item in flat):
+        left_out = (part for item in flat for part in (item.items if item.kind == "except" else [item]))
+        return Answer("except", name=flat[0].name, items=tuple(left_out))
+    return Answer("list", items=flat)
 
 
 def _without_braces(text: str) -> str:
@@ -130,6 +169,8 @@ def _split_name(text: str) -> tuple[str, str]:
     first, *sides = _split(exact, _EQUALS)
     if sides and _is_name(first):
         return _compact(first), sides[-1]
+    if len(sides) == 1 and _VARIABLE.fullmatch(sides[0]):  # 5 = x
+        return _compact(sides[0]), first
     if sides and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", exact)):
         return "", sides[-1]
     return "", exact
@@ -137,6 +178,9 @@ def _split_name(text: str) -> tuple[str, str]:
 
 def _is_name(text: str) -> bool:
     r"""Whether a text names what is asked for, as `x`, `f(2)`, `a_5`, `a + b` or `\angle ABC`: `2x = 10` is yet to solve."""
+    if _VARIABLES.fullmatch(text):
+        return True
+    text = _DERIVATIVE.sub("y", text)
     return not _OPERATION.search(text) and bool(_NAME.fullmatch(_SUBSCRIPT.sub("", text)))
 
 
@@ -148,13 +192,48 @@ def _compact(text: str) -> str:
 def _union(text: str, depth: int) -> Answer | None:
     """A union of sets."""
     parts = _split(text, _UNION)
-    return Answer("union", items=tuple(_parse(part, depth + 1) for part in parts)) if len(parts) > 1 else None
+    if len(parts) == 1:
+        return None
+    items = tuple(_parse(part, depth + 1) for part in parts)
+    if all(item.kind == "()" and len(item.items) == 2 for item in items):
+        ends = [end for item in items for end in item.items]
+        holes = ends[1:-1]
+        if _is_infinite(ends[0], "-") and _is_infinite(ends[-1], "+") and holes[::2] == holes[1::2]:
+            return Answer("except", items=tuple(holes[::2]))
+    return Answer("union", items=items)
+
+
+def _except(text: str, depth: int) -> Answer | None:
+    r"""All real numbers, or all but some: `\mathbb{R}`, `\mathbb{R} \setminus \{1\}`, `x \ne 1`."""
+    first, *left_out = _split(text, _UNEQUAL)
+    if len(left_out) == 1 and _VARIABLE.fullmatch(first):
+        answer = _parse(left_out[0], depth + 1)
+        return Answer("except", name=first.strip(), items=answer.items if answer.kind == "list" else (answer,))
+    first, *left_out = _split(text, _WITHOUT)
+    if not _REALS.fullmatch(_compact_words(first)) or len(left_out) > 1:
+        return None
+    answer = _parse(left_out[0], depth + 1) if left_out else Answer("set")
+    return Answer("except", items=answer.items) if answer.kind == "set" else None
+
+
+def _is_infinite(answer: Answer, sign: str) -> bool:
+    """Whether an end of an interval is infinite, to one of the two sides."""
+    return answer.text.replace(" ", "") in {"-": (r"-\infty",), "+": (r"\infty", r"+\infty")}[sign]
+
+
+def _compact_words(text: str) -> str:
+    """Text without marks."""
+    return text.replace(OPEN_WORDS, "").replace(CLOSE_WORDS, "").strip()
 
 
 def _bracketed(text: str, depth: int) -> Answer | None:
     """A set, a tuple or an interval; or what stands alone in round brackets."""
     if text in (r"\emptyset", r"\{\}"):
         return Answer("set")
+    label = _LABEL.match(text)
+    if label and _closing(text[label.end() :]) == len(text) - label.end():  # A(1,2)
+        point = _bracketed(text[label.end() :], depth)
+        return replace(point, name=label[0].strip()) if point and point.kind == "()" else None
     if not text.startswith(("(", "[", r"\{")) or _closing(text) != len(text):
         return None
     if text.startswith(r"\{"):
@@ -165,9 +244,11 @@ def _bracketed(text: str, depth: int) -> Answer | None:
         content = _parse(inner, depth + 1)
         return Answer("set", items=content.items if content.kind == "list" else (content,))
     items = tuple(_parse(part, depth + 1) for part in _split(text[1:-1], _COMMA))
+    if len(items) == 2 and text[0] + text[-1] == "()" and _is_infinite(items[0], "-") and _is_infinite(items[1], "+"):
+        return Answer("except")
     if len(items) > 1:
         return Answer(text[0] + text[-1], items=items)
-    return items[0] if text[0] == "(" else None
+    return items[0] if text[0] == "(" or items[0].kind == "matrix" else None
 
 
 def _matrix(text: str, depth: int) -> Answer | None:

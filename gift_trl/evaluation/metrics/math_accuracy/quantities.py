@@ -1,10 +1,8 @@
-"""Numbers and units of single expressions."""
+"""Numbers, as they are written and how far they agree."""
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-
-from gift_trl.evaluation.metrics.math_accuracy.typesetting import CLOSE_WORDS, OPEN_WORDS
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Number:
 
 # A decimal of this many significant digits stands for the values that round to it
 _DIGITS_OF_REFERENCE, _DIGITS_OF_PREDICTION = 3, 6
+# What a float says: the digits after these come from its binary form
+_DIGITS_OF_FLOAT = 15
 
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 _FRACTION = rf"\\frac(?:\{{([+-]?{_DECIMAL})\}}|(\d))(?:\{{([+-]?{_DECIMAL})\}}|(\d))"
@@ -44,101 +44,15 @@ _SCIENTIFIC = re.compile(
     rf"|([+-]*)({_DECIMAL})[eE]([+-]?\d{{1,3}})"
 )
 _REPEATING = re.compile(r"([+-]*)(\d*)\.(\d*)\\overline\{(\d+)\}")
+# A digit that stands there three times, or several that do so twice, go on for ever
+_GOING_ON = re.compile(r"([+-]*)(\d*)\.(\d*?)(?:(\d)\4{2,}|(\d{2,})\5+)\\ldots")
 _DIGIT_GROUPS = re.compile(r"[+-]*\d{1,3}(?: \d{3})+(?:\.\d+)?")
-
-_UNIT_WORDS = {
-    "mm": "mm millimeter millimetre",
-    "cm": "cm centimeter centimetre",
-    "m": "m meter metre",
-    "km": "km kilometer kilometre",
-    "in": "in inch inche",
-    "ft": "ft foot feet",
-    "yd": "yd yard",
-    "mi": "mi mile",
-    "mg": "mg milligram",
-    "g": "g gm gram",
-    "kg": "kg kilogram",
-    "lb": "lb pound",
-    "oz": "oz ounce",
-    "ml": "ml milliliter millilitre",
-    "l": "l liter litre",
-    "gal": "gal gallon",
-    "s": "s sec second",
-    "min": "min minute",
-    "h": "h hr hour",
-    "day": "day",
-    "week": "week wk",
-    "month": "month",
-    "year": "year yr",
-    "dollar": "dollar usd buck",
-    "cent": "cent",
-    "euro": "euro eur",
-    "degree": "degree deg",
-    "radian": "radian rad",
-    "mph": "mph",
-}
-_UNITS = {word: unit for unit, words in _UNIT_WORDS.items() for word in words.split()}
-_POWER = r"\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?"
-_MARKED_UNIT = re.compile(rf"(.*\S)\s*{OPEN_WORDS}([^{OPEN_WORDS}{CLOSE_WORDS}]*){CLOSE_WORDS}{_POWER}", re.DOTALL)
-_BARE_UNIT = re.compile(rf"(.*[\d}})\]])(\s*)((?<![A-Za-z])[A-Za-z][A-Za-z./ ]*){_POWER}", re.DOTALL)
-_DEGREE = re.compile(r"(.*\S)\s*\\degree\s*(?:[CF])?", re.DOTALL)
-_CURRENCY = re.compile(
-    r"\\(dollar|euro|poundsterling|yen|rupee)(?![A-Za-z])|^\s*(?:us|rs\.?)(?=\s*(?:\\dollar|[\d.]))", re.IGNORECASE
-)
-
-
-def split_unit(text: str) -> tuple[str, str, bool]:
-    """
-    Takes the unit and the percent sign off an expression.
-
-    A unit is what stands in `\\text{}` at the end, or after a number the name of a unit or words of at least three letters.
-    Single letters are one only in `\\text{}` or after a space, and never if the expression has variables.
-
-    Args:
-        text (`str`):
-            The expression, as from [`clean_latex`].
-
-    Returns:
-        `tuple[str, str, bool]`: The expression; the standard name of its unit, with its power, empty if there is none or an
-        unknown one; whether it is a percentage.
-    """
-    currency = _CURRENCY.search(text)
-    if currency:
-        return _CURRENCY.sub("", text).strip(), currency[1] or "", False
-    if text.endswith("%"):
-        return text[:-1].strip(), "", True
-    degree = _DEGREE.fullmatch(text)
-    if degree:
-        return degree[1], "degree", False
-    marked = _MARKED_UNIT.fullmatch(text)
-    if marked:
-        return marked[1], _standard_unit(marked[2], marked[3]), False
-    bare = _BARE_UNIT.fullmatch(text)
-    if bare and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", bare[1])):
-        unit = _standard_unit(bare[3], bare[4])
-        long = len(bare[3].strip()) >= 3 and bool(bare[2])
-        if long or (unit and (bare[2] or len(bare[3].strip()) > 1)):
-            return bare[1], unit, False
-    return text, "", False
-
-
-def _standard_unit(words: str, power: str | None) -> str:
-    """`cm^2` for "square centimeters", empty for a unit that is not known."""
-    names = re.findall(r"[a-z]+", words.lower())
-    for word, exponent in (("square", "2"), ("sq", "2"), ("squared", "2"), ("cubic", "3"), ("cubed", "3")):
-        if word in names:
-            names.remove(word)
-            power = power or exponent
-    if len(names) != 1:
-        return ""
-    unit = _UNITS.get(names[0]) or _UNITS.get(names[0].removesuffix("s"))
-    return f"{unit}^{power}" if unit and power and power != "1" else unit or ""
 
 
 def read_number(text: str) -> Number | None:
     r"""
     Reads a rational number: `-12`, `0.50`, `\frac{3}{4}`, `3/4`, `2\frac{1}{2}`, `1.5 \times 10^{3}`, `1.5e3`,
-    `0.1\overline{6}`, `12 000`.
+    `0.1\overline{6}`, `0.1666\ldots`, `12 000`.
 
     Args:
         text (`str`):
@@ -168,9 +82,10 @@ def read_number(text: str) -> Number | None:
         sign, factor, braced, bare, e_sign, e_factor, e_exponent = scientific.groups()
         exponent = Fraction(10) ** int(braced or bare or e_exponent)
         return _decimal(factor or e_factor or "1", sign=_sign(sign or e_sign or ""), unit=exponent)
-    repeating = _REPEATING.fullmatch(text)
+    repeating = _REPEATING.fullmatch(text) or _GOING_ON.fullmatch(text)
     if repeating:
-        sign, whole, start, period = repeating.groups()
+        sign, whole, start, *periods = repeating.groups()
+        period = next(filter(None, periods))
         value = int((whole or "0") + start) + Fraction(int(period), 10 ** len(period) - 1)
         return Number(_sign(sign) * value / 10 ** len(start))
     return None
@@ -182,7 +97,8 @@ def agree(reference: Number, prediction: Number) -> bool:
 
     It is if the two are equal. A reference that is written as a decimal of at least three significant digits also stands for
     every value that rounds to it: 1/3 is right where the reference is 0.333, and is not where it is 0.33. A prediction
-    that is a decimal of at least six significant digits may be a rounded one in the same way: 0.333333 for 1/3.
+    that is a decimal of at least six significant digits may be a rounded one in the same way: 0.333333 for 1/3. Of more
+    than fifteen digits, as a float has them, those after the fifteenth do not count.
 
     Args:
         reference ([`Number`]):
@@ -195,7 +111,9 @@ def agree(reference: Number, prediction: Number) -> bool:
     """
     difference = abs(reference.value - prediction.value)
     return difference == 0 or any(
-        number.step is not None and number.digits >= digits and difference <= number.step / 2
+        number.step is not None
+        and number.digits >= digits
+        and difference <= number.step * 10 ** max(number.digits - _DIGITS_OF_FLOAT, 0) / 2
         for number, digits in ((reference, _DIGITS_OF_REFERENCE), (prediction, _DIGITS_OF_PREDICTION))
     )
 
