@@ -73,6 +73,7 @@ _CHOICE = re.compile(
     rf"{OPEN_WORDS}\s*\(?([A-J])[).:]\s*{CLOSE_WORDS}(.+)|{OPEN_WORDS}?\s*\(?([A-J])[).:]\s+(?![-+*/^=<>]|\\(?:cdot|times|div|pm|c[au]p)(?![A-Za-z]))(.+)",
     re.DOTALL,
 )
+_CHOICE_AFTER = re.compile(rf"(.*\S)\s*{OPEN_WORDS}\s*\(([A-J])\)\s*{CLOSE_WORDS}", re.DOTALL)
 _LABEL = re.compile(r"[A-Z]'?\s*(?=\()")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 
@@ -91,15 +92,22 @@ def parse_answer(text: str) -> Answer:
     text = _without_braces(clean_latex(text))
     statement = _STATEMENT.match(text)
     if statement:
-        text = text[statement.end() :].strip()
+        text = _without_braces(text[statement.end() :])
         if text.count(CLOSE_WORDS) > text.count(OPEN_WORDS):
             text = text.replace(CLOSE_WORDS, "", 1)
-    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    choice = _CHOICE.fullmatch(text)
-    if choice:
-        letter, value = choice[1] or choice[3], choice[2] or choice[4]
+    text = _THOUSANDS.sub(_without_commas, text)
+    choice, choice_after = _CHOICE.fullmatch(text), _CHOICE_AFTER.fullmatch(text)
+    if choice or choice_after:
+        value, letter = choice_after.groups() if choice_after else (choice[2] or choice[4], choice[1] or choice[3])
         return Answer("choice", items=(Answer("scalar", letter), _parse(value, depth=1)))
     return _parse(text, depth=0)
+
+
+def _without_commas(match: re.Match) -> str:
+    """A number without the commas between its thousands; `(12,102)` is a pair."""
+    before, after = match.string[: match.start()].rstrip(), match.string[match.end() :].lstrip()
+    alone = before.endswith(("(", "[")) and after.startswith((")", "]"))
+    return match[0] if alone else match[0].replace(",", "")
 
 
 def _parse(text: str, depth: int) -> Answer:
