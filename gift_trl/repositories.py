@@ -5,7 +5,9 @@ import logging
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, get_token, is_offline_mode, whoami
@@ -29,14 +31,28 @@ _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 # Those that name the addresses of requests
 _LOGGERS = ("huggingface_hub.utils._http", "httpx", "httpx2")
 _INSTALLATION = threading.Lock()
+# Whether a request is one of `call_hub`
+_PUSHING = ContextVar("_PUSHING", default=False)
+_NOT_THE_HUBS = "the answer is cut off, or not the Hub's"
 
 
 class LongWaitError(OSError):
     """The Hub asks to wait for longer than is done here."""
 
 
+class MalformedAnswerError(OSError):
+    """An answer is JSON, but not what the Hub says to such a request."""
+
+
+class UnconfirmedError(OSError):
+    """The Hub took a change and does not show it."""
+
+
 # What a request of the Hub client raises: no answer or a wrong one, one that asks to wait, one that is no JSON
-HUB_ERRORS = (HTTPError, LongWaitError, json.JSONDecodeError)
+HUB_ERRORS = (HTTPError, LongWaitError, MalformedAnswerError, UnconfirmedError, json.JSONDecodeError)
+# What the client raises about an answer that it does not understand; the last one where it reads those about uploads
+_MISREADINGS = (AttributeError, IndexError, KeyError, TypeError)
+_READERS_OF_UPLOADS = ("huggingface_hub.lfs", "huggingface_hub._commit_api")
 
 
 def check_repository(
@@ -83,7 +99,7 @@ def check_repository(
             "`HF_ENDPOINT` holds a user name or a password, which would be read in messages: leave it out of the address."
         )
     try:
-        user = call_hub(whoami, cache=True)
+        user = call_hub(_whoami)
         role = user.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise PermissionError(
@@ -112,6 +128,13 @@ def check_repository(
     return repo_id, remote
 
 
+def _whoami() -> dict[str, Any]:
+    user = whoami(cache=True)
+    if not isinstance(user, dict) or "name" not in user:
+        raise MalformedAnswerError(_NOT_THE_HUBS)
+    return user
+
+
 def call_hub(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """
     Calls a function of the Hub client so that it ends, and repeats it where that can help.
@@ -129,23 +152,30 @@ def call_hub(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
     Raises:
         `HTTPError` or `RuntimeError`: What the last attempt raised, or the first that no repetition can mend.
+        [`MalformedAnswerError`]: If the client does not understand the answer.
         [`LongWaitError`]: If the Hub asks to wait for longer than `MAX_RETRY_AFTER`.
     """
     waits, failing_since = iter(RETRY_WAITS), None
     while True:
         _limit_requests()
+        pushing = _PUSHING.set(True)
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except Exception as raised:
+            error = _as_malformed(raised)
             _redact_error(error)
             failing_since = time.monotonic() if failing_since is None else failing_since
             wait = next(waits, None)
             if wait is None or time.monotonic() - failing_since > MAX_RETRY_TIME or not is_transient(error):
-                raise
+                if error is raised:
+                    raise
+                raise error from raised
             answer = _http_error(error)
             asked = _seconds_to_wait(answer.response) if isinstance(answer, HfHubHTTPError) else None
             if asked is not None and asked > MAX_RETRY_AFTER:
                 raise LongWaitError(_long_wait(asked)) from error
+        finally:
+            _PUSHING.reset(pushing)
         time.sleep(wait if asked is None else asked)
 
 
@@ -162,8 +192,10 @@ def is_transient(error: BaseException) -> bool:
     """
     answer = _http_error(error)
     if isinstance(answer, HfHubHTTPError):
-        return answer.response.status_code in _TRANSIENT
-    return isinstance(answer, (HTTPError, json.JSONDecodeError))
+        # The address of an upload expires, and the next attempt is given another one
+        expired = _is_upload(error) and answer.response.status_code in (400, 403, 404)
+        return expired or answer.response.status_code in _TRANSIENT
+    return isinstance(answer, (HTTPError, MalformedAnswerError, UnconfirmedError, json.JSONDecodeError))
 
 
 def explain(error: BaseException, repo_id: str, repo_type: str = "model") -> OSError:
@@ -192,14 +224,26 @@ def explain(error: BaseException, repo_id: str, repo_type: str = "model") -> OSE
         # The Hub says so too of storage that is used up
         if status == 402 or (status == 403 and re.search("storage|quota|billing", message, re.IGNORECASE)):
             return PermissionError(f"The Hub has no room for '{repo_id}': {redact(message) or 'payment required'}.")
+        if _is_upload(error) and status in (400, 403, 404):
+            return ConnectionError(f"The Hub does not take the file ({describe(error)}): try again later.")
         if status == 403:
             return PermissionError(_no_permission(repo_id, repo_type))
         if status == 404:
-            return ConnectionError(f"The Hub does not find '{repo_id}', or not for this token ({describe(answer)}).")
+            return ConnectionError(
+                f"The Hub does not find '{repo_id}' or a part of it, or not for this token ({describe(answer)}): check its "
+                "name, and with `hf auth whoami` whose token it is."
+            )
+        if status == 413:
+            return ConnectionError(
+                f"A request is larger than the Hub takes ({describe(answer)}): save the weights in smaller files "
+                "(`max_shard_size` of `save_pretrained`)."
+            )
         later = ": try again later" if is_transient(error) else ""
         return ConnectionError(f"The Hub answers with an error ({describe(answer)}){later}.")
+    if isinstance(answer, UnconfirmedError):
+        return ConnectionError(f"{answer}: try again later.")
     # Without an answer, it is the HTTP library's error, which is no `OSError`
-    if isinstance(answer, (HTTPError, json.JSONDecodeError)):
+    if isinstance(answer, (HTTPError, MalformedAnswerError, json.JSONDecodeError)):
         return ConnectionError(
             f"The Hub at {HfApi().endpoint} cannot be reached ({describe(error)}): check the connection, and "
             "`HF_ENDPOINT` if it is set."
@@ -222,7 +266,7 @@ def describe(error: BaseException) -> str:
         answer = f"{error.response.status_code} {error.response.reason_phrase}"
         return redact(f"{answer}: {error.server_message}" if error.server_message else answer)
     if isinstance(error, json.JSONDecodeError):
-        return "the answer is cut off, or not the Hub's"
+        return _NOT_THE_HUBS
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     # The client says which file it was, and leaves what happened to the cause
     if isinstance(error, RuntimeError) and error.__cause__:
@@ -250,6 +294,22 @@ def redact(text: str) -> str:
 def _http_error(error: BaseException) -> BaseException:
     """The error of the request: that of an upload is the cause of a `RuntimeError`."""
     return _http_error(error.__cause__) if isinstance(error, RuntimeError) and error.__cause__ else error
+
+
+def _is_upload(error: BaseException) -> bool:
+    """Whether the request was part of an upload, whose address need not be the Hub's."""
+    return isinstance(error, RuntimeError) and isinstance(error.__cause__, HfHubHTTPError)
+
+
+def _as_malformed(error: Exception) -> Exception:
+    """What the client raises where it reads an answer, as an error of the Hub; any other error as it is."""
+    if not isinstance(error, (*_MISREADINGS, ValueError)) or isinstance(error, json.JSONDecodeError):
+        return error
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    if module in _READERS_OF_UPLOADS or (isinstance(error, _MISREADINGS) and module.startswith("huggingface_hub.")):
+        return MalformedAnswerError(_NOT_THE_HUBS)
+    return error
 
 
 def _redact_error(error: BaseException | None) -> None:
@@ -321,8 +381,10 @@ def _limit_time(request: Any) -> None:
 
 
 def _refuse_long_wait(response: Any) -> None:
-    # The client itself would wait for hours. Only pushes write; what others read in this process is left alone.
-    if response.status_code in _TRANSIENT and response.request.method not in ("GET", "HEAD"):
+    # The client itself would wait for hours. What others read in this process is left alone; only pushes write, from
+    # threads of the client too.
+    pushing = _PUSHING.get() or response.request.method not in ("GET", "HEAD")
+    if response.status_code in _TRANSIENT and pushing:
         seconds = _seconds_to_wait(response)
         if seconds is not None and seconds > MAX_RETRY_AFTER:
             raise LongWaitError(_long_wait(seconds))

@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -112,6 +112,9 @@ class Fault:
     applied: bool
     headers: dict[str, str]
     body: bytes
+    after: str | None
+    action: Callable[[], None] | None
+    hits: int = 0
 
 
 class _Refusal(Exception):
@@ -235,6 +238,8 @@ class HubServer:
         applied: bool = False,
         headers: dict[str, str] | None = None,
         body: bytes = b'{"error": "injected"}',
+        after: str | None = None,
+        action: Callable[[], None] | None = None,
     ) -> None:
         """
         Makes the next requests fail.
@@ -244,8 +249,9 @@ class HubServer:
                 Regular expression searched in `"METHOD /path"`.
             how (`str`):
                 `"answer"`: as the arguments below say. `"drop"`: the connection is closed without an answer; `"reset"`: even
-                before the request was read. `"stall"`: nothing comes, until the client gives up. `"half"`: the connection
-                is closed in the middle of the right answer.
+                before the request was read; `"cut"`: in the middle of its body. `"stall"`: nothing comes, until the client
+                gives up. `"half"`: the connection is closed in the middle of the right answer. `"none"`: the right answer,
+                for what `action` does meanwhile.
             status (`int`):
                 Status of the answer.
             times (`int`):
@@ -256,8 +262,13 @@ class HubServer:
                 Headers of the answer.
             body (`bytes`):
                 Body of the answer.
+            after (`str`, *optional*):
+                Regular expression of a request before which none fails.
+            action (`Callable`, *optional*):
+                Called at each failing request: after it took effect, or before that with `"none"`.
         """
-        self.faults.append(Fault(pattern, how, status, times, applied or how == "half", headers or {}, body))
+        applied = applied or how in ("half", "none")
+        self.faults.append(Fault(pattern, how, status, times, applied, headers or {}, body, after, action))
 
     def _load(self) -> None:
         if not (self.root / "repositories.json").is_file():
@@ -314,6 +325,18 @@ class HubServer:
         """Contents of a repository by path."""
         return {path: file.content for path, file in self.repositories[kind, name].at(revision).files.items()}
 
+    def create(self, kind: str, name: str, *, private: bool = False) -> Repository:
+        """Creates a repository, as somebody else may."""
+        repo = self.repositories[kind, name] = Repository(private)
+        repo.commit("initial commit", {".gitattributes": self._store(b"", lfs=False)}, "main")
+        return repo
+
+    def commit(self, kind: str, name: str, files: dict[str, bytes], branch: str = "main") -> Commit:
+        """Adds files to a branch, as somebody else may."""
+        repo = self.repositories[kind, name]
+        added = {path: self._store(content, lfs=False) for path, content in files.items()}
+        return repo.commit("Somebody else's", {**repo.at(branch).files, **added}, branch)
+
     def environment(self, home: str | os.PathLike, token: str | None = None, offline: bool = False) -> dict[str, str]:
         """Environment of a client of this server: no other Hub, no cache and no login but those in `home`."""
         kept = {
@@ -334,11 +357,18 @@ class HubServer:
     def fault(self, line: str) -> Fault | None:
         """Notes a request, and whether it is to fail."""
         with self._lock:
+            fault = next((f for f in self.faults if self._fails(f, line)), None)
             self.requests.append(line)
-            fault = next((f for f in self.faults if f.times and re.search(f.pattern, line)), None)
             if fault is not None:
                 fault.times -= 1
+                fault.hits += 1
             return fault
+
+    def _fails(self, fault: Fault, line: str) -> bool:
+        if fault.after is not None:
+            if not any(re.search(fault.after, request) for request in self.requests):
+                return False
+        return fault.times > 0 and re.search(fault.pattern, line) is not None
 
     def stall(self) -> None:
         """Waits until the server is closed."""
@@ -399,9 +429,7 @@ class HubServer:
         name = f"{namespace}/{asked['name']}"
         if (kind, name) in self.repositories:
             raise _Refusal(409, f"You already created this {kind} repo", url=self._url(kind, name))
-        repo = Repository(private=asked.get("visibility") == "private" or bool(asked.get("private")))
-        repo.commit("initial commit", {".gitattributes": self._store(b"", lfs=False)}, "main")
-        self.repositories[kind, name] = repo
+        self.create(kind, name, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         return {"url": self._url(kind, name), "name": name}
 
     def _url(self, kind: str, name: str) -> str:
@@ -569,11 +597,20 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.how == "reset":
             self.close_connection = True
             return
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        size = int(self.headers.get("Content-Length", 0))
+        if fault is not None and fault.how == "cut":
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        body = self.rfile.read(size)
+        if fault is not None and fault.how == "none" and fault.action is not None:
+            fault.action()
         request = _Request(self.command, url.path, parse_qs(url.query), self.headers, body, None)
         status, headers, content = hub.answer(request) if fault is None or fault.applied else (None, {}, b"")
         length = len(content)
-        if fault is not None:
+        if fault is not None and fault.how != "none":
+            if fault.action is not None:
+                fault.action()
             self.close_connection = fault.how != "answer"
             if fault.how == "stall":
                 hub.stall()
@@ -591,6 +628,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
         self.wfile.flush()
+
+    def handle(self) -> None:
+        # A client that was killed or does not wait any longer
+        with suppress(ConnectionError):
+            super().handle()
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 

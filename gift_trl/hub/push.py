@@ -3,17 +3,17 @@
 import os
 import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from gift_trl.checkpoints import CARD_FILE
 from gift_trl.hub.files import LocalFile, hash_files, list_model_files, read_card, replaced_names
 from gift_trl.hub.target import check_replaced, find_target, list_files, tag_exists
-from gift_trl.repositories import HUB_ERRORS, call_hub, describe, explain
+from gift_trl.repositories import HUB_ERRORS, UnconfirmedError, call_hub, describe, explain
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,11 @@ class _Push:
             raise OSError(f"the Hub and the folder differ in {', '.join(wrong)}")
         if self.tag is not None:
             self.step = f"tagging the commit {commit}, which is complete"
-            call_hub(self.api.create_tag, self.repo_id, tag=self.tag, revision=commit, exist_ok=True)
-            tags = {ref.name: ref.target_commit for ref in call_hub(self.api.list_repo_refs, self.repo_id).tags}
-            if tags.get(self.tag) != commit:
-                raise OSError(f"the tag '{self.tag}' is at the commit {tags.get(self.tag)}")
+            call_hub(
+                self._make,
+                lambda: self.api.create_tag(self.repo_id, tag=self.tag, revision=commit, exist_ok=True),
+                lambda: self._is_tagged(commit),
+            )
         return commit
 
     def command(self, **changes: bool) -> str:
@@ -260,7 +261,8 @@ class _Push:
 
     def failure(self, error: Exception) -> OSError:
         """What to say of a push that failed after it was planned."""
-        found = explain(error, self.repo_id) if isinstance(error, (HTTPError, RuntimeError, ValueError)) else error
+        asked = (*HUB_ERRORS, RuntimeError, ValueError)
+        found = explain(error, self.repo_id) if isinstance(error, asked) else error
         kind = type(found) if isinstance(found, (ConnectionError, PermissionError)) else OSError
         return kind(
             f"The push to '{self.repo_id}' failed while {self.step}: {describe(found)}. The files are safe in "
@@ -282,15 +284,38 @@ class _Push:
         """Creates the repository and the branch if they do not exist."""
         if not self.target.exists:
             self.step = "creating the repository"
-            call_hub(self.api.create_repo, self.repo_id, private=self.private, exist_ok=True)
+            call_hub(
+                self._make,
+                lambda: self.api.create_repo(self.repo_id, private=self.private),
+                lambda: self.api.repo_exists(self.repo_id),
+            )
             # Somebody else may have been faster
             self.plan()
-            if not self.target.exists:
-                raise OSError("the Hub does not show the repository that it has created")
         if not self.target.branch_exists:
-            self.step = f"creating the branch '{self.target.branch}'"
             branch, start = self.target.branch, self.target.head
-            call_hub(self.api.create_branch, self.repo_id, branch=branch, revision=start, exist_ok=True)
+            self.step = f"creating the branch '{branch}'"
+            call_hub(
+                self._make,
+                lambda: self.api.create_branch(self.repo_id, branch=branch, revision=start, exist_ok=True),
+                lambda: branch in {ref.name for ref in self.api.list_repo_refs(self.repo_id).branches},
+            )
+
+    def _make(self, change: Callable[[], object], is_made: Callable[[], bool]) -> None:
+        """Changes something on the Hub. Whatever the answer: what counts is whether the change was made, now or before."""
+        try:
+            change()
+        except Exception:
+            if not is_made():
+                raise
+        else:
+            if not is_made():
+                raise UnconfirmedError("the Hub took the change and does not show it")
+
+    def _is_tagged(self, commit: str) -> bool:
+        tags = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo_id).tags}
+        if tags.get(self.tag, commit) != commit:
+            raise FileExistsError(tag_exists(replace(self.target, tags=tags), self.tag))
+        return self.tag in tags
 
     def _commit(self) -> str:
         additions = [file.addition() for file in self.changed]
