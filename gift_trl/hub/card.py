@@ -288,7 +288,8 @@ class _Card:
     def _introduction(self) -> str:
         method, adapters = self.recipe["method"], ", ".join(adapter.link() for adapter in self.adapters)
         what = f"{self.name} is {self.instruct.link()}"
-        like_instruct = "Tokenizer, chat template and configuration are those of the instruct model."
+        files = "tokenizer, chat template and configuration"
+        like_instruct = f"Its {files} are those of the instruct model."
         base = self.base.link() if self.base is not None else "its base model"
         if method == "full_delta":
             return f"{what} plus the difference between {self.tuned.link()} and the base model {base}. {like_instruct}"
@@ -311,7 +312,7 @@ class _Card:
         return (
             f"{what}, adapted{f' to {_listed(data)}' if data else ''} with GIFT "
             f"([Guided Fine-Tuning and Transfer]({PAPER})). {kind} was trained on the base model {base}, {loss}, and was "
-            f"then added to the instruct model. {like_instruct}"
+            f"then added to the instruct model, whose {files} it keeps."
         )
 
     def _sources(self) -> str:

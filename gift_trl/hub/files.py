@@ -136,8 +136,14 @@ def list_model_files(folder: Path) -> tuple[list[LocalFile], list[str]]:
     """
     _check_complete(folder)
     weights = {path.name for path in safetensors_files(folder)}
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()
+    )
     pushed = [name for name in names if name in weights or _is_pushed(name)]
+    if broken := [name for name in pushed if not (folder / name).exists()]:
+        raise FileNotFoundError(
+            f"'{folder / broken[0]}' is a link that leads nowhere: copy or download the file again, or remove the link."
+        )
     return [LocalFile(folder, name) for name in pushed], [name for name in names if name not in pushed]
 
 

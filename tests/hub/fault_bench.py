@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -91,7 +92,6 @@ def run_push(arguments: list[str], folder: Path, log: Path, pid_file: Path) -> d
     from gift_trl.scripts.cli import run
     from gift_trl.scripts.push import main
 
-    tqdm.get_lock()  # or every fork makes one of its own
     pid = os.fork()
     if pid == 0:
         status, waits, sleep = 1, [], time.sleep
@@ -99,6 +99,9 @@ def run_push(arguments: list[str], folder: Path, log: Path, pid_file: Path) -> d
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            tqdm.set_lock(
+                threading.RLock()
+            )  # its own is shared by all forks, and never released by one that is killed
             time.sleep = lambda seconds: (waits.append(seconds), sleep(min(seconds, 0.001)))
             repositories.RETRY_WAITS = (1, 2)
             repositories.TIME_LIMITS = dict.fromkeys(repositories.TIME_LIMITS, STALLED_AFTER)

@@ -192,8 +192,8 @@ def _at_random(seed: int, number: int) -> Iterator[Case]:
 
         return start
 
-    for _ in range(number):
-        yield Case("at a random moment", "killed", "once", arm(moments.uniform(0, 0.15)), killed=True)
+    for delay in sorted(moments.uniform(0, 0.4) for _ in range(number)):
+        yield Case("at a random moment", f"killed after {delay:.3f} s", "once", arm(delay), killed=True)
 
 
 _PAGE = """\
@@ -245,8 +245,7 @@ def make_page(outcomes: list[Outcome]) -> str:
     )
     for request in dict.fromkeys(outcome.case.request for outcome in outcomes):
         page += _SECTION.format(request=request[0].upper() + request[1:])
-        rows = [_row(outcome) for outcome in outcomes if outcome.case.request == request]
-        page += "".join(f"{row}\n" for row in dict.fromkeys(rows))
+        page += "".join(f"{_row(outcome)}\n" for outcome in outcomes if outcome.case.request == request)
     return page
 
 
