@@ -259,12 +259,12 @@ def _row(outcome: Outcome) -> str:
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs the cases and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="file for the page; printed if not given")
     parser.add_argument("--only", default="", help="regular expression of cases, as 'REQUEST: FAULT, TIMES'")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     outcomes = []
     with tempfile.TemporaryDirectory() as root, Bench(Path(root)) as bench:
         for case in tqdm([case for case in make_cases() if re.search(arguments.only, str(case))]):
