@@ -29,7 +29,8 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 INSTRUCT = "Qwen/Qwen2.5-7B-Instruct"
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+TESTS = ROOT / "tests"
+sys.path[:0] = [str(ROOT), str(TESTS), str(TESTS / "evaluation")]
 
 from docs_commands import (  # noqa: E402
     LEFT_OUT,
@@ -50,6 +51,7 @@ ADDED = {
     "train": ["--use_cpu"],
     "annotate": ["--use_cpu"],
     "evaluate": ["--use_cpu", "--limit", "2", "--max_new_tokens", "4"],
+    "sweep --task": ["--use_cpu", "--max_new_tokens", "4"],
 }
 # What a command writes, and refuses to write over; on a page one line after the other may name the same folder
 WRITTEN = ("--output_dir", "--merge_output_dir", "--annotation_output_dir", "--output")
@@ -101,7 +103,8 @@ def run_command(command: Command) -> Outcome:
         from gift_trl.scripts import cli
 
         _remove_what_is_written(command.argv)
-        argv = [*command.argv, *ADDED.get(command.argv[1], [])]
+        name = f"{command.argv[1]} --task" if "--task" in command.argv else command.argv[1]
+        argv = [*command.argv, *ADDED.get(name, [])]
         with patch.object(sys, "argv", argv):
             outcome.status, outcome.how = _status_of(cli.main)
     outcome.seconds = time.perf_counter() - start
@@ -163,6 +166,7 @@ def prepare(folder: Path) -> None:
 
     with contextlib.chdir(folder):
         write_stand_ins(folder)
+        (folder / "problems.jsonl").write_text(published_data()["HuggingFaceH4/MATH-500"]["test.jsonl"])
         train.main(["--config", "recipe.yaml", "--use_cpu"])
         for name in ("merged", "shadow_merged", "adapter"):
             shutil.copytree(name.removeprefix("shadow_"), Path("outputs") / name)
@@ -184,45 +188,44 @@ def fill(hub: HubServer, folder: Path) -> None:
     for model in models:
         hub.add("model", model["base"], base)
         hub.add("model", model["instruct"], instruct)
-    for name, rows in DATA.items():
+    for name, files in published_data().items():
         target = folder / "data" / name
-        for split, file in rows.items():
-            (target / split).parent.mkdir(parents=True, exist_ok=True)
-            (target / split).write_text("".join(json.dumps(row) + "\n" for row in file))
+        for path, content in files.items():
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            (target / path).write_text(content)
         hub.add("dataset", name, target)
 
 
-QUESTION = {
-    "question": "Which?",
-    "opa": "a",
-    "opb": "b",
-    "opc": "c",
-    "opd": "d",
-    "cop": 1,
-    "choice_type": "single",
-    "exp": "So.",
-}
-DATA = {
-    "AI-MO/NuminaMath-CoT": {
-        "train.jsonl": [{"problem": f"What is {n} + {n}?", "solution": f"\\boxed{{{2 * n}}}"} for n in range(8)]
-    },
-    "openlifescienceai/medmcqa": {
-        f"{split}.jsonl": [{"id": f"{n}", **QUESTION} for n in range(4)] for split in ("train", "validation", "test")
-    },
-    "HuggingFaceH4/MATH-500": {
-        "test.jsonl": [
-            {
-                "problem": "What is 1 + 1?",
-                "solution": "2",
-                "answer": "2",
-                "subject": "Algebra",
-                "level": 1,
-                "unique_id": f"{n}",
-            }
-            for n in range(3)
+def published_data() -> dict[str, dict[str, str]]:
+    """The files of every dataset of the recipes and of the shipped tasks, with a few rows."""
+    import yaml
+    from test_shipped_tasks import ROWS
+
+    from gift_trl.evaluation.tasks import load_task
+    from gift_trl.scripts.recipes import recipes_folder
+
+    problems = [{"problem": f"What is {n} + {n}?", "solution": f"\\boxed{{{2 * n}}}"} for n in range(8)]
+    data = {"AI-MO/NuminaMath-CoT": {"train.jsonl": json_lines(problems)}}
+    for name, (row, _, _) in ROWS.items():
+        task = load_task(name, recipes_folder() / "evaluation")
+        rows = [{**row, **({"exp": "So."} if "exp" in row else {})}] * 3
+        configs = [task.dataset_config] if isinstance(task.dataset_config, str) else task.dataset_config
+        if not configs:
+            # Recipes train on what a task evaluates on another split of
+            data[task.dataset] = {f"{split}.jsonl": json_lines(rows) for split in {"train", task.split}}
+            continue
+        paths = {config: f"{config}/{task.split}.jsonl" for config in configs}
+        card = [
+            {"config_name": config, "data_files": [{"split": task.split, "path": path}]}
+            for config, path in paths.items()
         ]
-    },
-}
+        data[task.dataset] = {path: json_lines(rows) for path in paths.values()}
+        data[task.dataset]["README.md"] = f"---\n{yaml.safe_dump({'configs': card})}---\n"
+    return data
+
+
+def json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def row(outcome: Outcome) -> str:
