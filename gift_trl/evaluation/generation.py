@@ -9,14 +9,19 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gift_trl.annotation.engine import token_budget_batches
 from gift_trl.evaluation.tasks import Sampling
@@ -109,6 +114,8 @@ class TransformersEngine:
     batched with, as far as the logits do not: in float32 they move by about 1e-6 with the padding, in bfloat16 by about 1e-2,
     which changes a token now and then.
 
+    Whenever half of the answers of a batch have ended, `generate` goes on with the others alone.
+
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
@@ -119,6 +126,7 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int]):
         self.model = model.eval()
         self.stop_ids = list(stop_ids)
+        self._drops_rows = keeps_keys_and_values_alone(model)
 
     def generate(
         self, batches: Iterable[list[Request]], sampling: Sampling
@@ -168,26 +176,81 @@ class TransformersEngine:
         """Token ids of the answers, padded."""
         width = max(len(request.prompt_ids) for request in batch)
         pad = self.stop_ids[0] if self.stop_ids else 0
-        ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in batch])
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch])
-        device = self.model.device
-        output = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            logits_processor=make_sampler(batch, sampling, self.stop_ids, device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=batch[0].max_new_tokens,
-                eos_token_id=self.stop_ids or None,
-                pad_token_id=pad,
-                use_cache=True,
-            ),
+        device, left = self.model.device, batch[0].max_new_tokens
+        ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in batch], device=device)
+        mask = torch.tensor(
+            [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch], device=device
         )
-        return output[:, width:].tolist()
+        sampler = make_sampler(batch, sampling, self.stop_ids, device)
+        stops = torch.tensor(self.stop_ids, device=device)
+        options = {}
+        if self._drops_rows:
+            options["past_key_values"] = DynamicCache(config=self.model.config)
+            options["stopping_criteria"] = StoppingCriteriaList([_HalfEnded(stops)])
+        answers: list[list[int]] = [[] for _ in batch]
+        rows = list(range(len(batch)))
+        while rows:
+            generated = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                logits_processor=sampler,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=left,
+                    eos_token_id=self.stop_ids or None,
+                    pad_token_id=pad,
+                    use_cache=True,
+                ),
+                **options,
+            )
+            new = generated[:, ids.shape[1] :]
+            for row, tokens in zip(rows, new.tolist(), strict=True):
+                answers[row] += tokens
+            left -= new.shape[1]
+            going = torch.isin(new[:, -1], stops).logical_not().nonzero().flatten()
+            if left == 0 or not len(going):
+                break
+            rows = [rows[place] for place in going.tolist()]
+            options["past_key_values"].batch_select_indices(going)
+            mask = torch.cat([mask, torch.ones_like(new)], dim=1)[going]
+            ids = generated[going]
+            for step in sampler:
+                if isinstance(step, _GumbelNoise):
+                    step.select(going.tolist())
+        return answers
 
     def _completion(self, request: Request, ids: list[int]) -> Completion:
         end = next((place for place, token in enumerate(ids, start=1) if token in self.stop_ids), None)
         return Completion(ids[:end], "length" if end is None else "stop")
+
+
+def keeps_keys_and_values_alone(model: PreTrainedModel) -> bool:
+    """
+    Whether the rows of a batch can be told apart in what a model keeps of the tokens so far. It can have states of other
+    kinds, and models that also read images keep positions of their own.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+
+    Returns:
+        `bool`: Whether it keeps nothing but keys and values.
+    """
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class _HalfEnded(StoppingCriteria):
+    """Stops a batch when half of its rows have ended; `generate` fills these up with a stop id."""
+
+    def __init__(self, stops: torch.Tensor):
+        self._stops = stops
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        ended = torch.isin(input_ids[:, -1], self._stops)
+        return (2 * ended.sum() >= len(ended)).expand(len(ended))
 
 
 @contextmanager
@@ -257,6 +320,10 @@ class _GumbelNoise(LogitsProcessor):
         self._streams = [torch.Generator(device).manual_seed(request.stream) for request in batch]
         self._stop_ids = set(stop_ids)
         self._started = False
+
+    def select(self, rows: list[int]) -> None:
+        """Goes on with these rows alone."""
+        self._streams = [self._streams[row] for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self._started:

@@ -10,6 +10,7 @@ from transformers import (
     GemmaConfig,
     GenerationConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     Qwen2Config,
     TemperatureLogitsWarper,
@@ -17,7 +18,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gift_trl.evaluation.generation import Request, TransformersEngine, make_sampler, plan_batches
+from gift_trl.evaluation.generation import (
+    Request,
+    TransformersEngine,
+    keeps_keys_and_values_alone,
+    make_sampler,
+    plan_batches,
+)
 from gift_trl.evaluation.tasks import Sampling
 
 
@@ -75,6 +82,32 @@ def test_batches_do_not_change_answers(name, sampling):
         assert answer(engine, batches, **sampling) == alone
     # Nor does it matter what else is asked
     assert answer(engine, [requests[5:11]], **sampling) == {r.key: alone[r.key] for r in requests[5:11]}
+
+
+def test_answers_that_have_ended_are_generated_no_further():
+    engine, requests = make_engine(), make_requests(longest=90)
+    alone, sizes = answer(engine, [[request] for request in requests]), []
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert answer(engine, [requests]) == alone
+    assert sizes[0] == 24 and sizes == sorted(sizes, reverse=True) and len(sizes) == 90
+    going = [sum(len(completion.ids) > step for completion in alone.values()) for step in range(90)]
+    assert going[-1] < 12  # so there was something to leave out
+    assert all(size < 2 * max(count, 1) or size == 24 for size, count in zip(sizes, going, strict=True))
+
+
+def test_rows_are_left_out_only_where_a_model_keeps_keys_and_values_alone():
+    for name in CONFIGS:
+        assert keeps_keys_and_values_alone(make_engine(name).model)
+    layers = {"layer_types": ["conv", "full_attention"]}
+    hybrid = AutoModelForCausalLM.from_config(Lfm2Config(**COMMON, **layers))
+    assert not keeps_keys_and_values_alone(hybrid)
+    engine, requests, sizes = TransformersEngine(hybrid, [STOP]), make_requests(1), []
+    hybrid.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert len(answer(engine, [requests])) == 8 and set(sizes) == {8}
 
 
 def test_samples_differ_and_seeds_too():
