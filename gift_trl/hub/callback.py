@@ -163,18 +163,11 @@ class MergeAndPushCallback(StageCallback):
                 "There is nothing to do: set `merge_output_dir`, or `push_to_hub` in the trainer's `args`."
             )
         _ = args.world_size  # connects the processes
-        resume = last_checkpoint(args) if resume_from_checkpoint is None else resume_from_checkpoint or None
-
-        def check() -> tuple[str | None, str | None]:
-            findings = Findings()
-            check_merge(self, args, peft_config, resume, findings)
-            targets = check_pushes(self, args, findings)
-            findings.raise_any()
-            return targets
-
-        self._adapter_id, self._merged_id = run_on_main_process(check)
+        self._given_args = args
+        self._check(peft_config, last_checkpoint(args) if resume_from_checkpoint is None else resume_from_checkpoint)
         self._pushes_saves = args.hub_strategy == HubStrategy.EVERY_SAVE
-        self._uploads = UploadQueue(PushLedger(args.output_dir))
+        self._ledger = PushLedger(args.output_dir)
+        self._uploads = UploadQueue(self._ledger)
         self._args = copy.copy(args)
         if self._adapter_id is not None:
             self._args.push_to_hub, self._args.hub_model_id = False, self._adapter_id
@@ -182,17 +175,28 @@ class MergeAndPushCallback(StageCallback):
 
     def before_training(self, trainer: GIFTSFTTrainer, resume_from_checkpoint: str | None) -> None:
         """Takes the trainer; called by it."""
+        is_first = self._trainer is None
         self._trainer, self._resumed_from = trainer, resume_from_checkpoint
         peft_config = adapter_config(trainer.model)
         if self._args is None:  # it was added later
             trainer.args = self.before_annotation(trainer.args, peft_config, resume_from_checkpoint or False)
+        elif is_first and resume_from_checkpoint != self._checked_for:
+            self._check(peft_config, resume_from_checkpoint)
+        if is_first and resume_from_checkpoint is None and trainer.is_world_process_zero():
+            self._ledger.clear()
 
-        def check() -> None:
+    def _check(self, peft_config: PeftConfig | None, resume_from_checkpoint: str | bool | None) -> None:
+        resume = resume_from_checkpoint or None
+
+        def check() -> tuple[str | None, str | None]:
             findings = Findings()
-            check_merge(self, trainer.args, peft_config, resume_from_checkpoint, findings)
+            check_merge(self, self._given_args, peft_config, resume, findings)
+            targets = check_pushes(self, self._given_args, resume, findings)
             findings.raise_any()
+            return targets
 
-        run_on_main_process(check)
+        self._adapter_id, self._merged_id = run_on_main_process(check)
+        self._checked_for = resume
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._trainer is None:
@@ -210,6 +214,8 @@ class MergeAndPushCallback(StageCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not run_on_main_process(self._adapter_is_saved):
             self._trainer.save_model(self._args.output_dir)
+        if self._adapter_id is not None and not (Path(self._args.output_dir) / CARD_FILE).exists():
+            self._trainer.create_model_card()  # only that of an adapter is written with it
         run_on_main_process(lambda: self._finish(state))
 
     def _finish_checkpoints(self, steps: Sequence[int], state: TrainerState) -> None:
@@ -231,7 +237,11 @@ class MergeAndPushCallback(StageCallback):
         """Does what a run that was killed has not done for its checkpoints."""
         steps = {int(path.rpartition("-")[2]) for path in sort_checkpoints(self._args.output_dir)}
         if self.merge_at_every_checkpoint and self._merged_id is not None:
-            steps |= step_folders(self.merge_output_dir).keys()
+            steps |= {
+                step
+                for step in step_folders(self.merge_output_dir)
+                if (self._merged_id, STEP_BRANCH.format(step)) in self._ledger
+            }
         self._finish_checkpoints(sorted(step for step in steps if step <= state.global_step), state)
 
     def _finish(self, state: TrainerState) -> None:
@@ -324,6 +334,9 @@ class MergeAndPushCallback(StageCallback):
         snapshot = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.push"
         try:
             link_model_files(checkpoint, snapshot)
+            card = folder / CARD_FILE
+            if card.is_file() and not (snapshot / CARD_FILE).exists():
+                shutil.copyfile(card, snapshot / CARD_FILE)
         except BaseException:
             shutil.rmtree(snapshot, ignore_errors=True)
             raise

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,14 @@ def check_merge(
     findings.check(_check_merge_folders, settings, args, resume)
 
 
-def check_pushes(settings: Any, args: GIFTConfig, findings: Findings) -> tuple[str | None, str | None]:
+def check_pushes(
+    settings: Any, args: GIFTConfig, resume: str | None, findings: Findings
+) -> tuple[str | None, str | None]:
     """
     Checks that adapter and merged model can be pushed when they are there.
 
     Args:
-        settings, args, findings:
+        settings, args, resume, findings:
             As in [`check_merge`].
 
     Returns:
@@ -130,7 +132,7 @@ def check_pushes(settings: Any, args: GIFTConfig, findings: Findings) -> tuple[s
                 "`hub_token` is set, and tokens are read only from the login: run `hf auth login`, or set `HF_TOKEN`."
             )
         )
-    ledger = PushLedger(args.output_dir)
+    ledger = () if resume is None else PushLedger(args.output_dir)  # a run that begins has pushed nothing
     adapter_id = None
     if args.push_to_hub:
         if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
@@ -210,7 +212,7 @@ def step_folders(merge_output_dir: str | os.PathLike) -> dict[int, Path]:
 
 
 def _check_target(
-    ledger: PushLedger,
+    ledger: Container[tuple[str, str | None]],
     repo_id: str,
     *,
     private: bool | None,
@@ -230,7 +232,7 @@ def _check_target(
         raise FileExistsError(f"{error} Here, that is `hub_overwrite: true`.") from error
 
 
-def _check_step_branches(ledger: PushLedger, repo_id: str) -> None:
+def _check_step_branches(ledger: Container[tuple[str, str | None]], repo_id: str) -> None:
     _, remote = check_repository(repo_id)
     if remote is None:
         return

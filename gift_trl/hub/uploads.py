@@ -42,6 +42,10 @@ class PushLedger:
     def __contains__(self, target: tuple[str, str | None]) -> bool:
         return _branch_name(*target) in self._read()
 
+    def clear(self) -> None:
+        """Forgets the branches of an earlier run."""
+        self._file.unlink(missing_ok=True)
+
     def add(self, repo_id: str, revision: str | None) -> None:
         """Notes a branch."""
         self._write([*self._read(), _branch_name(repo_id, revision)])
@@ -113,6 +117,8 @@ class UploadQueue:
         self._ledger = ledger
         self._uploads: list[Upload] = []
         self._failed: set[Path] = set()
+        # Branches of which it is known that what they hold is this run's
+        self._owned: set[tuple[str, str | None]] = set()
         self._queue: queue.Queue[Upload] = queue.Queue(_MAX_PENDING)
         self._thread: threading.Thread | None = None
         self._shows_bars = not are_progress_bars_disabled()
@@ -125,6 +131,12 @@ class UploadQueue:
             self._thread.start()
         if self._shows_bars:
             disable_progress_bars()  # they would be drawn across the one of the training
+        if all(earlier.target != upload.target for earlier in self._uploads):
+            if upload.target in self._ledger:
+                self._owned.add(upload.target)
+            else:
+                # Long before it is done: the commit may be made and the process killed before its answer comes
+                self._ledger.add(*upload.target)
         self._uploads.append(upload)
         self._queue.put(upload)
 
@@ -169,25 +181,25 @@ class UploadQueue:
                 self._queue.task_done()
 
     def _push(self, upload: Upload) -> None:
-        known = upload.target in self._ledger
-        if known:
+        owned = upload.target in self._owned
+        if owned:
             upload.options["overwrite"] = True
         try:
-            if not known:
-                # Before the push: its commit may be made and the process killed before it knows
-                self._ledger.add(*upload.target)
             upload.report = push_folder(upload.folder, upload.repo_id, **upload.options)
         except Exception as error:  # whatever it is, the training goes on
             problem = describe(error)
-            if isinstance(error, FileExistsError) and not known:
+            if isinstance(error, FileExistsError) and not owned:
                 self._ledger.remove(*upload.target)
+            else:
+                self._owned.add(upload.target)  # even so the commit may be there
             if "gift-trl push" not in problem:
                 problem = f"The push to '{upload.repo_id}' failed: {problem}. To finish, run `{upload.command()}`."
             upload.problem = problem
             if upload.is_snapshot:
-                logger.warning(f"A push to '{upload.repo_id}' failed, the next one will try again: {describe(error)}")
-            else:
-                logger.warning(problem)
+                problem = f"A push to '{upload.repo_id}' failed, the next one will try again: {describe(error)}"
+            logger.warning(problem)
+        else:
+            self._owned.add(upload.target)
 
 
 def link_model_files(folder: Path, snapshot: Path) -> None:

@@ -234,10 +234,19 @@ def test_what_speaks_against_it_is_said_before_the_data_is_read(server, client, 
     finally:
         server.tokens[TOKEN] = "write"
     assert len(server.repositories) == requests and not (tmp_path / "merged").exists()
-    # Told to, another run's model is replaced
+    # Told to, another run's model is replaced; the next run in the same folders is another one
     assert client(command, "train", "--config", push_recipe(hub_overwrite=True)) == 0
-    (tmp_path / "adapter").rename(tmp_path / "first")
-    assert "exists and is not empty" in error()
+    text = error()
+    assert text.count("hub_overwrite: true") == 2 and "exists and is not empty" in text
+
+
+def test_a_whole_model_is_pushed_without_a_merge(server, client, push_recipe, names, tmp_path):
+    settings = {"use_peft": False, "merge_output_dir": None, "hub_merged_model_id": None, "hub_strategy": "every_save"}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
+    assert client(command, "train", "--config", push_recipe(**settings)) == 0
+    for commit in server.repositories["model", names[0]].commits[1:]:
+        assert commit.files.keys() >= {"model.safetensors", "tokenizer.json", "README.md"}
+    assert ("model", names[1]) not in server.repositories
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["constructor", "added later"])
