@@ -1,12 +1,12 @@
 """`MergeAndPushCallback`: from the last training step, or from every checkpoint, to a model that others can use."""
 
 import copy
+import dataclasses
 import logging
 import os
 import shlex
 import shutil
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from gift_trl.hub.preflight import (
     merged_is_private,
     step_folders,
 )
-from gift_trl.hub.uploads import PushLedger, Upload, UploadQueue, link_model_files
+from gift_trl.hub.uploads import PushLedger, Upload, UploadQueue, remove_snapshots, take_snapshot
 from gift_trl.merging import merge_adapter
 from gift_trl.training import GIFTConfig, GIFTSFTTrainer
 from gift_trl.training.callback import StageCallback, adapter_config
@@ -182,8 +182,10 @@ class MergeAndPushCallback(StageCallback):
             trainer.args = self.before_annotation(trainer.args, peft_config, resume_from_checkpoint or False)
         elif is_first and resume_from_checkpoint != self._checked_for:
             self._check(peft_config, resume_from_checkpoint)
-        if is_first and resume_from_checkpoint is None and trainer.is_world_process_zero():
-            self._ledger.clear()
+        if is_first and trainer.is_world_process_zero():
+            remove_snapshots(self._args.output_dir)
+            if resume_from_checkpoint is None:
+                self._ledger.clear()
 
     def _check(self, peft_config: PeftConfig | None, resume_from_checkpoint: str | bool | None) -> None:
         resume = resume_from_checkpoint or None
@@ -225,12 +227,9 @@ class MergeAndPushCallback(StageCallback):
             message = _commit_message(step, state)
             if self._adapter_id is not None and self._pushes_saves and step == state.global_step:
                 self._try(f"The adapter of step {step} is not pushed", self._push_saved_adapter, checkpoint, message)
-            if self.merge_at_every_checkpoint:
-                merged = self._merged(step)
-                if checkpoint.is_dir() and not self._try_merge(checkpoint, merged):
-                    continue
-                if self._merged_id is not None and merged.is_dir():
-                    self._push_merged(merged, STEP_BRANCH.format(step), None, message)
+            # Without the checkpoint, what was merged of it may still have to be pushed
+            if self.merge_at_every_checkpoint and (not checkpoint.is_dir() or self._try_merge(checkpoint, step)):
+                self._push_merged(message, step)
         self._try("Old merged models are not deleted", self._delete_old)
 
     def _catch_up(self, state: TrainerState) -> None:
@@ -249,20 +248,17 @@ class MergeAndPushCallback(StageCallback):
         adapter, message = Path(self._args.output_dir), _commit_message(state.global_step, state)
         print(f"The adapter is in {adapter}")
         if self._adapter_id is not None:
-            options = {"private": self._args.hub_private_repo, "revision": self._args.hub_revision}
-            options |= {"commit_message": message, "overwrite": self.hub_overwrite}
-            self._uploads.add(Upload(adapter, self._adapter_id, options))
-        merged = None if self.merge_output_dir is None else self._merged()
-        if merged is not None:
-            if not self._try_merge(adapter, merged):
-                merged = None
-            elif self._merged_id is not None:
-                self._push_merged(merged, self.hub_merged_revision, self.hub_merged_tag, message)
+            self._uploads.add(self._adapter_upload(adapter, message))
+        is_merged = self.merge_output_dir is not None and self._try_merge(adapter)
+        if is_merged:
+            self._push_merged(message)
         self._wait_for_uploads()
         self._try("Old merged models are not deleted", self._delete_old)
         problems, self._problems = self._problems, []
         if problems:
-            safe = f"its adapter is safe in '{adapter}'" + (f", the merged model in '{merged}'" if merged else "")
+            safe = f"its adapter is safe in '{adapter}'" + (
+                f", the merged model in '{self._merged()[0]}'" if is_merged else ""
+            )
             listed = "".join(f"\n- {problem}" for problem in problems)
             raise OSError(f"The training is complete, {safe}, but not all is done:{listed}")
 
@@ -281,11 +277,21 @@ class MergeAndPushCallback(StageCallback):
             else:
                 self._problems.append(upload.problem)
 
-    def _try_merge(self, adapter: Path, merged: Path) -> bool:
+    def _merged(self, step: int | None = None) -> tuple[Path, str | None, str | None]:
+        """Folder, branch and tag of the merged model, or of that of a checkpoint."""
+        folder = Path(self.merge_output_dir).expanduser().resolve()
+        if step is None:
+            return folder, self.hub_merged_revision, self.hub_merged_tag
+        branch = STEP_BRANCH.format(step)
+        return folder.with_name(f"{folder.name}-{branch}"), branch, None
+
+    def _try_merge(self, adapter: Path, step: int | None = None) -> bool:
+        """Merges; if that fails, it is a problem to be told at the end."""
         instruct, revision = instruct_model(self, self._args)
+        merged = self._merged(step)[0]
         overwrite = self.merge_overwrite or merged in self.merged_folders
         # What a resumed run comes by once more, it replaces, as the trainer does with the checkpoint
-        overwrite = overwrite or (self._resumed_from is not None and merged != self._merged())
+        overwrite = overwrite or (self._resumed_from is not None and step is not None)
         try:
             if is_merge_of(self, self._args, merged, adapter):
                 print(f"The merged model is in {merged}")
@@ -294,55 +300,51 @@ class MergeAndPushCallback(StageCallback):
                 options |= {"instruct_model_revision": revision, "overwrite": overwrite}
                 print(merge_adapter(adapter, instruct, merged, **options).summary(), flush=True)
         except Exception as error:
-            command = self._merge_command(adapter, instruct, revision, merged)
-            self._problems.append(f"The merge of '{adapter}' failed: {error} To finish, run `{command}`.")
+            reason, command = str(error).rstrip("."), self._merge_command(adapter, step)
+            self._problems.append(f"The merge of '{adapter}' failed: {reason}. To finish, run `{command}`.")
             logger.warning(self._problems[-1])
             return False
         self.merged_folders.add(merged)
         return True
 
-    def _merge_command(self, adapter: Path, instruct: str, revision: str | None, merged: Path) -> str:
+    def _merge_command(self, adapter: Path, step: int | None) -> str:
+        instruct, revision = instruct_model(self, self._args)
+        merged = self._merged(step)[0]
         command = ["gift-trl", "merge", "--adapter", str(adapter), "--instruct_model", instruct]
         command += ["--output_dir", str(merged)]
         command += ["--instruct_model_revision", revision] if revision else []
         command += ["--scale", f"{self.merge_scale:g}"] if self.merge_scale != 1.0 else []
         command += ["--saved_modules", self.merge_saved_modules] if self.merge_saved_modules else []
         command += ["--overwrite"] if self.merge_overwrite else []
-        if self._merged_id is None:
-            return shlex.join(command)
-        final = merged == self._merged()
-        branch = self.hub_merged_revision if final else merged.name[-len(STEP_BRANCH.format(0)) :]
-        options = self._merged_options(branch, self.hub_merged_tag if final else None, None)
-        return f"{shlex.join(command)} && {Upload(merged, self._merged_id, options).command()}"
+        then = "" if self._merged_id is None else f" && {self._merged_upload(None, step).command()}"
+        return shlex.join(command) + then
 
-    def _push_merged(self, merged: Path, branch: str | None, tag: str | None, message: str) -> None:
-        # A warning if the card cannot be made: the model is worth more
-        complete_merged_card(merged, self._merged_id, branch, adapter_id=self._adapter_id)
-        self._uploads.add(Upload(merged, self._merged_id, self._merged_options(branch, tag, message)))
+    def _push_merged(self, message: str, step: int | None = None) -> None:
+        folder, branch, _ = self._merged(step)
+        if self._merged_id is not None and folder.is_dir():
+            card = (folder, self._merged_id, branch, self._adapter_id)
+            self._try(f"The card of '{folder}' is not written", complete_merged_card, *card)
+            self._uploads.add(self._merged_upload(message, step))
 
-    def _merged_options(self, branch: str | None, tag: str | None, message: str | None) -> dict[str, Any]:
+    def _merged_upload(self, message: str | None, step: int | None) -> Upload:
+        folder, branch, tag = self._merged(step)
         options = {"private": merged_is_private(self, self._args), "revision": branch, "tag": tag}
-        return options | {"commit_message": message, "overwrite": self.hub_overwrite}
+        options |= {"commit_message": message, "overwrite": self.hub_overwrite}
+        return Upload(folder, self._merged_id, options)
+
+    def _adapter_upload(self, folder: Path, message: str) -> Upload:
+        options = {"private": self._args.hub_private_repo, "revision": self._args.hub_revision}
+        options |= {"commit_message": message, "overwrite": self.hub_overwrite}
+        return Upload(folder, self._adapter_id, options)
 
     def _push_saved_adapter(self, checkpoint: Path, message: str) -> None:
         target = (self._adapter_id, self._args.hub_revision)
         # As the trainer does: the next one holds what is left out now
         if not checkpoint.is_dir() or (self._uploads.is_pending(target) and not self._args.hub_always_push):
             return
-        folder = Path(self._args.output_dir).resolve()
         # The checkpoint may be deleted before its turn
-        snapshot = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.push"
-        try:
-            link_model_files(checkpoint, snapshot)
-            card = folder / CARD_FILE
-            if card.is_file() and not (snapshot / CARD_FILE).exists():
-                shutil.copyfile(card, snapshot / CARD_FILE)
-        except BaseException:
-            shutil.rmtree(snapshot, ignore_errors=True)
-            raise
-        options = {"private": self._args.hub_private_repo, "revision": self._args.hub_revision}
-        options |= {"commit_message": message, "overwrite": self.hub_overwrite}
-        self._uploads.add(Upload(snapshot, self._adapter_id, options, is_snapshot=True))
+        snapshot = take_snapshot(checkpoint, self._args.output_dir)
+        self._uploads.add(dataclasses.replace(self._adapter_upload(snapshot, message), is_snapshot=True))
 
     def _adapter_is_saved(self) -> bool:
         """Whether a run that had come to its end before has saved the adapter already, which is not saved anew then."""
@@ -364,10 +366,6 @@ class MergeAndPushCallback(StageCallback):
             checkpoint = Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             if not checkpoint.exists() and not self._uploads.holds(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _merged(self, step: int | None = None) -> Path:
-        folder = Path(self.merge_output_dir).expanduser().resolve()
-        return folder if step is None else folder.with_name(f"{folder.name}-{STEP_BRANCH.format(step)}")
 
     def _try(self, what: str, function: Any, *args: Any) -> None:
         try:

@@ -1,5 +1,6 @@
 """Pushes in the background of a training: in order, one at a time, with an outcome for each."""
 
+import glob
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from gift_trl.checkpoints import CARD_FILE
 from gift_trl.hub.files import list_model_files
 from gift_trl.hub.push import PushReport, push_command, push_folder
 from gift_trl.hub.target import DEFAULT_BRANCH
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 # Pushes that may wait behind the one that runs; who asks for more waits too
 _MAX_PENDING = 2
 _LEDGER_FILE = ".gift_trl_pushes.json"
+_SNAPSHOT_SUFFIX = ".push"
 
 
 class PushLedger:
@@ -61,10 +64,15 @@ class PushLedger:
             return []
 
     def _write(self, names: list[str]) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_name(f"{_LEDGER_FILE}.{uuid.uuid4().hex[:12]}.tmp")
-        temporary.write_text(json.dumps(names), encoding="utf-8")
-        os.replace(temporary, self._file)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._file.with_name(f"{_LEDGER_FILE}.{uuid.uuid4().hex[:12]}.tmp")
+            temporary.write_text(json.dumps(names), encoding="utf-8")
+            os.replace(temporary, self._file)
+        except OSError as error:  # no reason to stop a training
+            logger.warning(
+                f"`{self._file}` was not written, and if the run is killed, `hub_overwrite` is needed: {error}"
+            )
 
 
 @dataclass
@@ -202,25 +210,47 @@ class UploadQueue:
             self._owned.add(upload.target)
 
 
-def link_model_files(folder: Path, snapshot: Path) -> None:
+def take_snapshot(checkpoint: Path, output_dir: str | os.PathLike) -> Path:
     """
-    Keeps the files of a model that are pushed, however soon its folder is deleted.
+    Keeps the files of a checkpoint that are pushed, however soon it is deleted.
 
     Args:
-        folder (`Path`):
-            Folder whose files are replaced or deleted, and never written to in place.
-        snapshot (`Path`):
-            Folder to be, on the same disk, where the files take no room. Elsewhere they are copied.
+        checkpoint (`Path`):
+            Folder of the checkpoint, whose files are not written to in place.
+        output_dir (`str` or `os.PathLike`):
+            Folder of the run, whose card is taken if the checkpoint has none.
+
+    Returns:
+        `Path`: Folder beside `output_dir`, of hard links where the disk has them.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: If the checkpoint is not complete.
     """
-    files, _ = list_model_files(folder)
-    snapshot.mkdir(parents=True)
-    for file in files:
-        target = snapshot / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file.path, target)
-        except OSError:
-            shutil.copyfile(file.path, target)
+    output_dir = Path(output_dir).resolve()
+    sources = {file.name: file.path for file in list_model_files(checkpoint)[0]}
+    if (output_dir / CARD_FILE).is_file():
+        sources.setdefault(CARD_FILE, output_dir / CARD_FILE)
+    snapshot = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:12]}{_SNAPSHOT_SUFFIX}"
+    try:
+        for name, source in sources.items():
+            target = snapshot / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # Not of the card, which is written anew later
+                (shutil.copyfile if source.parent == output_dir else os.link)(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
+    except BaseException:
+        shutil.rmtree(snapshot, ignore_errors=True)
+        raise
+    return snapshot
+
+
+def remove_snapshots(output_dir: str | os.PathLike) -> None:
+    """Removes what a run that was killed has left of [`take_snapshot`]."""
+    output_dir = Path(output_dir).resolve()
+    for path in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.*{_SNAPSHOT_SUFFIX}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_pending(upload: Upload) -> bool:

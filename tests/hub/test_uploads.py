@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from gift_trl.hub import uploads
-from gift_trl.hub.uploads import PushLedger, Upload, UploadQueue, link_model_files
+from gift_trl.hub.uploads import PushLedger, Upload, UploadQueue, remove_snapshots, take_snapshot
 
 
 @pytest.fixture
@@ -77,11 +77,20 @@ def test_the_last_push_to_a_branch_counts(pushes, tmp_path):
     assert not (tmp_path / "early").exists() and (tmp_path / "late").exists()
 
 
-def test_a_snapshot_outlives_its_folder(pair, tmp_path):
-    shutil.copytree(pair[1], tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / "optimizer.pt").write_bytes(b"")
-    weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
-    link_model_files(tmp_path / "checkpoint", tmp_path / "snapshot")
-    shutil.rmtree(tmp_path / "checkpoint")
-    assert (tmp_path / "snapshot" / "model.safetensors").read_bytes() == weights
-    assert not (tmp_path / "snapshot" / "optimizer.pt").exists()
+def test_a_snapshot_outlives_its_checkpoint(pair, tmp_path):
+    output = tmp_path / "run"
+    checkpoint = output / "checkpoint-1"
+    shutil.copytree(pair[1], checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    (output / "README.md").write_text("the card")
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    snapshot = take_snapshot(checkpoint, output)
+    shutil.rmtree(checkpoint)
+    (output / "README.md").write_text("another card")
+    assert (snapshot / "model.safetensors").read_bytes() == weights
+    assert (snapshot / "README.md").read_text() == "the card"
+    assert not (snapshot / "optimizer.pt").exists()
+    remove_snapshots(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        take_snapshot(checkpoint, output)
