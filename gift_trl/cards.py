@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gift_trl.checkpoints import TRAINING_FILE
+from gift_trl.leftovers import whole_file
 
 
 logger = logging.getLogger(__name__)
@@ -280,14 +281,12 @@ def write_card(path: Path, make: Callable[[], ModelCard], *, replace: bool | Non
     if not (may_be_replaced(path) if replace is None else replace):
         logger.warning(f"`{path.name}` in `{path.parent}` was written or changed by a person, and is left as it is.")
         return False
-    # Half a card would have no mark, and stay as if a person had written it
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        make().save(temporary)
-        os.replace(temporary, path)
+        # Half a card would have no mark, and stay as if a person had written it
+        with whole_file(path) as temporary:
+            make().save(temporary)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
         logger.warning(f"The model card was not written to `{path}`: {type(error).__name__}: {error}")
         return False
     return True

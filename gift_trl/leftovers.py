@@ -18,6 +18,27 @@ TEMPORARY, REPLACED = "tmp", "old"
 _NAME = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{12}}\.(?P<kind>{TEMPORARY}|{REPLACED})")
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """
+    Writes a file whole or not at all.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Yields:
+        `Path`: A hidden file beside it, to be written; it takes the place of `path` when the body ends well.
+    """
+    temporary = path.with_name(f".{path.name}.{TEMPORARY}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def sibling(folder: Path, token: str, kind: str) -> Path:
     """
     The name under which a folder is kept while it is written or replaced.

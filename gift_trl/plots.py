@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib
@@ -10,6 +11,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from gift_trl.leftovers import whole_file
 
 
 # Distinct for colour-blind readers (Okabe and Ito), and followed by the same colours on a dark page
@@ -65,7 +68,8 @@ def new_figure(
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(file, format="png", dpi=150)
+        with whole_file(Path(file)) if isinstance(file, str | os.PathLike) else nullcontext(file) as target:
+            figure.savefig(target, format="png", dpi=150)
 
 
 def stack_bands(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[float]]) -> None:

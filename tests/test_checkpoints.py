@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from gift_trl.checkpoints import (
     weights_fingerprint,
     write_folder,
 )
+from gift_trl.plots import new_figure
 
 
 def make_single(folder, seed=0, rows=16):
@@ -299,6 +301,25 @@ def test_write_folder_leaves_alone_what_another_process_writes(tmp_path):
             (second / "second").touch()
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["first"]
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "picture.png").write_bytes(b"the one before")
+
+    def write_half(self, file, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write_half)
+    with pytest.raises(OSError, match="disk full"), new_figure(tmp_path / "picture.png", (1, 1)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+    assert (tmp_path / "picture.png").read_bytes() == b"the one before"
+    monkeypatch.undo()
+    with new_figure(tmp_path / "picture.png", (1, 1)):
+        pass
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
 def test_check_output_folder(tmp_path, monkeypatch):
