@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -181,6 +182,8 @@ class HubServer:
         root (`str` or `os.PathLike`, *optional*):
             Folder of the repositories: `repositories.json`, and the content of the files by hash in `blobs`. Those that
             are there are served. By default, a temporary one.
+        port (`int`):
+            Port to listen on, such as that of a server that was closed. By default, any that is free.
 
     Attributes:
         endpoint (`str`): Value for `HF_ENDPOINT`.
@@ -197,10 +200,12 @@ class HubServer:
         role: str = "write",
         user: str = "user",
         root: str | os.PathLike | None = None,
+        port: int = 0,
     ):
         self.tokens = {token: role}
         self.user = user
         self.root = None if root is None else Path(root)
+        self.port = port
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[str] = []
         self.faults: list[Fault] = []
@@ -214,15 +219,17 @@ class HubServer:
             self.root = Path(self._temporary.name)
         (self.root / "blobs").mkdir(parents=True, exist_ok=True)
         self._load()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", self.port), _Handler)
         self._server.hub = self
         self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.port = self._server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *exc_info) -> None:
-        self._closing.set()
+        with self._lock:  # what is answered now is answered to its end, and nothing afterwards
+            self._closing.set()
         self._server.shutdown()
         self._server.server_close()
         if self._temporary is not None:
@@ -299,11 +306,11 @@ class HubServer:
                 "tags": {tag: commit.sha for tag, commit in repo.tags.items()},
             }
             kept.append({"type": kind, "id": name, "private": repo.private, "commits": commits, **refs})
-        (self.root / "repositories.json").write_text(json.dumps(kept, indent=1))
+        _write_whole(self.root / "repositories.json", json.dumps(kept, indent=1).encode())
 
     def _store(self, content: bytes, lfs: bool) -> File:
         sha256 = hashlib.sha256(content).hexdigest()
-        (self.root / "blobs" / sha256).write_bytes(content)
+        _write_whole(self.root / "blobs" / sha256, content)
         return self._file(sha256, lfs)
 
     def _file(self, sha256: str, lfs: bool) -> File:
@@ -374,9 +381,11 @@ class HubServer:
         """Waits until the server is closed."""
         self._closing.wait()
 
-    def answer(self, request: _Request) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the answer to a request."""
+    def answer(self, request: _Request) -> tuple[int, dict[str, str], bytes] | None:
+        """Status, headers and body of the answer to a request; `None` if the server has been closed."""
         with self._lock:
+            if self._closing.is_set():
+                return None
             try:
                 answer = self._route(request)
             except _Refusal as refusal:
@@ -586,6 +595,12 @@ class HubServer:
         return 206, headers, file.content[start : end + 1]
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     # Headers and body in one piece: in two, each answer would wait for a delayed acknowledgement
@@ -606,7 +621,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.how == "none" and fault.action is not None:
             fault.action()
         request = _Request(self.command, url.path, parse_qs(url.query), self.headers, body, None)
-        status, headers, content = hub.answer(request) if fault is None or fault.applied else (None, {}, b"")
+        answer = hub.answer(request) if fault is None or fault.applied else (None, {}, b"")
+        if answer is None:
+            self.close_connection = True
+            return
+        status, headers, content = answer
         length = len(content)
         if fault is not None and fault.how != "none":
             if fault.action is not None:
@@ -638,6 +657,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args) -> None:
         pass
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def _git_hash(content: bytes) -> str:
