@@ -192,6 +192,7 @@ class Pipeline:
             life=number_of_life,
             fault=fault and fault.describe(),
             hit=[what for what, hit in hits.items() if hit],
+            struck=struck,
             status=status,
             outcome="done" if done else "to be finished",
             seconds=round(life.seconds, 2),
@@ -210,9 +211,10 @@ class Pipeline:
         # The imports of an interpreter are none of our business
         start = max(0.0, known.interpreter_seconds - known.seconds) if real else 0.0
         if fault.at_file and known.files:
-            before, wanted = self._paths(), 1 + int(fault.moment * known.files)
-            while life.is_running(0.003) and len(self._paths() - before) < wanted:
-                pass
+            # Old checkpoints go while new ones come
+            before, seen, wanted = self._paths(), set(), 1 + int(fault.moment * known.files)
+            while life.is_running(0.003) and len(seen) < wanted:
+                seen |= self._paths() - before
             time.sleep(fault.delay)
         else:
             end = life.started + start + fault.moment * known.seconds
