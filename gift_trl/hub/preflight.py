@@ -18,7 +18,7 @@ from gift_trl.cards import public_name
 from gift_trl.checkpoints import REPORT_FILE, check_output_folder, checkpoint_folder, weights_fingerprint
 from gift_trl.hub.target import check_push_target
 from gift_trl.hub.uploads import PushLedger
-from gift_trl.merging.adapter import unsupported_settings
+from gift_trl.merging.planned import preflight_training
 from gift_trl.merging.report import REPLACED_MARKS
 from gift_trl.repositories import HUB_ERRORS, call_hub, check_repository, explain
 from gift_trl.training import GIFTConfig
@@ -87,16 +87,23 @@ def check_merge(
                 "`merge_output_dir` is set, but no adapter is trained: set `use_peft: true`, or pass a `peft_config`."
             )
         )
-    elif unsupported := unsupported_settings(
-        peft_config.to_dict(), settings.merge_saved_modules, settings.merge_scale
-    ):
-        findings.add(ValueError(" ".join(unsupported)))
-    if instruct_model(settings, args)[0] is None:
+    instruct, revision = instruct_model(settings, args)
+    if instruct is None:
         findings.add(
             ValueError(
                 "`merge_output_dir` is set, but nothing says what to merge into: set `instruct_model_name_or_path`."
             )
         )
+    elif peft_config is not None:
+        for problem in preflight_training(
+            peft_config,
+            instruct,
+            settings.merge_output_dir,
+            instruct_model_revision=revision,
+            scale=settings.merge_scale,
+            saved_modules=settings.merge_saved_modules,
+        ):
+            findings.add(ValueError(problem))
     if settings.merge_at_every_checkpoint and args.save_strategy == SaveStrategy.NO:
         findings.add(
             ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import TensorInfo
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -89,7 +90,9 @@ class MergePlan:
     cautions: list[str]
 
 
-class _Findings(list[str]):
+class Findings(list[str]):
+    """What speaks against a merge, one sentence each."""
+
     @contextmanager
     def collect(self) -> Iterator[None]:
         """Turns an error into a finding, so that the next check still runs."""
@@ -151,7 +154,7 @@ def preflight(
     Raises:
         `ValueError`: With everything that was found, each with its remedy.
     """
-    findings, cautions = _Findings(), []
+    findings, cautions = Findings(), []
     title = ", ".join(f"'{name}'" for name, _ in adapters or (companions or {}).values())
     if not math.isfinite(scale):
         findings.append(f"The scale is {scale}: pass a finite number, 1.0 for the update as it was trained.")
@@ -196,14 +199,8 @@ def preflight(
         if not tensors or not adapter.tensors:
             continue
         with findings.collect():
-            # PEFT saves such weights whole too, and a choice about the copies would not help.
-            hopeless = _targets_tied_weights(adapter.settings, adapter.tensors, skeletons[number])
-            targets, problems = find_targets(
-                adapter.settings,
-                adapter.tensors,
-                skeletons[number],
-                tensors,
-                "ignore" if hopeless else saved_modules,
+            targets, problems = find_adapter_targets(
+                adapter.settings, adapter.tensors, skeletons[number], tensors, saved_modules
             )
             findings += problems
             plans.append(AdapterPlan(adapter.name, adapter.folder, adapter.settings, targets, adapter.is_zero))
@@ -230,7 +227,7 @@ class _Adapter:
 
 
 def _read_adapter(
-    name: str, revision: str | None, scale: float, saved_modules: str | None, findings: _Findings
+    name: str, revision: str | None, scale: float, saved_modules: str | None, findings: Findings
 ) -> _Adapter:
     adapter = _Adapter(name)
     with findings.collect():
@@ -248,6 +245,19 @@ def _read_adapter(
         adapter.is_zero = check_values(tensors, findings)
         adapter.tensors = None if unsupported else tensors
     return adapter
+
+
+def find_adapter_targets(
+    settings: Mapping[str, Any],
+    adapter: Mapping[str, torch.Tensor],
+    model: PreTrainedModel,
+    checkpoint: Mapping[str, TensorInfo],
+    saved_modules: str | None,
+) -> tuple[list[Target], list[str]]:
+    """As [`~gift_trl.merging.targets.find_targets`], with one reason alone where a shared weight is a target."""
+    # PEFT saves such weights whole too, and a choice about the copies would not help
+    hopeless = _targets_tied_weights(settings, adapter, model)
+    return find_targets(settings, adapter, model, checkpoint, "ignore" if hopeless else saved_modules)
 
 
 def _targets_tied_weights(

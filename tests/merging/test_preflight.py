@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from peft import IA3Config
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
 
 from gift_trl.merging import MergeRecipe, merge_adapter, merge_recipe
+from gift_trl.merging.planned import preflight_training
 
 
 def change_settings(adapter, **settings):
@@ -444,3 +445,23 @@ def test_scale_of_a_type_that_has_none(make_checkpoint, make_adapter, tmp_path):
     instruct = make_checkpoint()
     adapter = make_adapter(instruct, config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     refused(adapter, instruct, tmp_path / "merged", "IA3 layers have none: merge with scale 1.0", scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("llama", ["q_proj", "embed_tokens"]),
+        ("qwen3_moe", ["q_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("gpt2", ["c_attn"]),
+    ],
+)
+def test_training_into_a_model_that_is_not_downloaded(make_checkpoint, tmp_path, monkeypatch, architecture, targets):
+    instruct = make_checkpoint(architecture=architecture, tie_word_embeddings=architecture == "llama")
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    here = preflight_training(config, str(instruct), tmp_path / "merged")
+    for file in instruct.glob("*.safetensors*"):
+        file.unlink()
+    monkeypatch.setattr("gift_trl.merging.planned.checkpoint_folder", lambda *args, **kwargs: instruct)
+    assert preflight_training(config, "someone/instruct", tmp_path / "merged") == here
+    assert len(here) == (architecture == "llama") and all("shares between its embedding" in text for text in here)
+    assert config.init_lora_weights is True and config.target_modules == set(targets)

@@ -1,6 +1,8 @@
 """Wrong inputs: each ends with one message that names the cause and the remedy, before weights are read."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,11 @@ def no_weights(monkeypatch):
             {"instruct_model_name_or_path": None, "merge_output_dir": None},
             "There is no instruct model, and the dataset 'train' has no `confidences` column",
         ),
-        ({"instruct_model_name_or_path": "nowhere/at-all"}, "`nowhere/at-all` has no readable model configuration"),
+        ({"instruct_model_name_or_path": "nowhere/at-all"}, "There is no folder 'nowhere/at-all', the Hub cache"),
+        (
+            {"instruct_model_name_or_path": "nowhere/at-all", "merge_output_dir": None},
+            "`nowhere/at-all` has no readable model configuration",
+        ),
         ({"use_peft": None}, "no adapter is trained: set `use_peft: true`"),
         ({"dataset_name": None}, "The recipe names no data: set `dataset_name`"),
         ({"dataset_name": "missing.jsonl"}, "There is no file `missing.jsonl`"),
@@ -70,6 +76,49 @@ def test_output_that_would_be_lost(recipe, fails, tmp_path):
     assert "merged" in message and "overwrite" in message
     assert (tmp_path / "merged" / "model.safetensors").read_text() == "precious"
     assert "it is not overwritten" in fails(train.main, "--config", recipe(merge_overwrite=True))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "all-linear"])
+def test_what_the_merge_would_refuse_is_refused_before_the_training(recipe, fails, tmp_path, make_model, target):
+    for name in ("base", "instruct"):
+        make_model(tmp_path / name, tie_word_embeddings=True)
+    models = {"model_name_or_path": str(tmp_path / "base"), "instruct_model_name_or_path": str(tmp_path / "instruct")}
+    config = tmp_path / "instruct" / "config.json"
+    if target == "embed_tokens":
+        message = fails(train.main, "--config", recipe(**models, lora_target_modules=["q_proj", "embed_tokens"]))
+        assert "whose weight the instruct model shares between its embedding and its output layer" in message
+        # One reason, and nothing about copies that PEFT saves for it
+        assert "things have to be mended" not in message and "merge_saved_modules" not in message
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    inside = str(tmp_path / "instruct" / "merged")
+    message = fails(train.main, "--config", recipe(**models, merge_output_dir=inside, lora_target_modules=[target]))
+    assert "2 things have to be mended before the training" in message
+    assert "The instruct checkpoint is quantised (gptq)" in message and "lies in, or holds the input folder" in message
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("choice", [None, "replace", "ignore"])
+def test_copies_that_peft_would_save(recipe, fails, tmp_path, choice):
+    # Of an embedding that is a target, the trained adapter will hold a copy of the base model's weights
+    settings = {"lora_target_modules": ["q_proj", "embed_tokens"], "merge_saved_modules": choice}
+    message = fails(train.main, "--config", recipe(**settings, dataset_name="missing.jsonl"))
+    assert ("There is no file" in message) == (choice == "ignore")
+    assert ("whole layers" in message) == (choice is None)
+    assert ("holds 'model.embed_tokens.weight' whole and updates it too" in message) == (choice == "replace")
+
+
+def test_targets_that_do_not_exist(recipe, fails):
+    message = fails(train.main, "--config", recipe(lora_target_modules=["k_prj"]))
+    assert "PEFT cannot put this adapter on the instruct model" in message and "k_prj" in message
+
+
+def test_disk_of_the_merged_model(recipe, fails, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(os, "access", lambda *args, **kwargs: False)
+    message = fails(train.main, "--config", recipe())
+    assert "has 0.0 GB free: make room" in message and "cannot be written to: choose" in message
 
 
 def test_models_of_another_shape(recipe, fails, tmp_path, make_model):
