@@ -15,6 +15,8 @@ from gift_trl.checkpoints import write_folder
 
 PROVENANCE_FILE = "gift_provenance.json"
 TOKENIZER_FOLDER = "tokenizer"
+# A folder with this file was written here, and may be replaced
+ANNOTATION_MARKS = (PROVENANCE_FILE,)
 # As `push_to_hub` of datasets cuts its Parquet files
 _SHARD_BYTES = 500_000_000
 
@@ -37,13 +39,13 @@ def save_annotated_dataset(
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer to keep in the subfolder `tokenizer`, with which the token ids can be read as text.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a folder that is not empty.
+            Whether to replace a folder that this function wrote before.
 
     Raises:
-        `FileExistsError`: If the folder is not empty and `overwrite` is not set.
+        `FileExistsError`: If the folder is not empty, and `overwrite` is not set or it holds something else.
     """
     splits = {"train": dataset} if isinstance(dataset, Dataset) else dataset
-    with write_folder(output_dir, overwrite=overwrite) as folder:
+    with write_folder(output_dir, overwrite=overwrite, marks=ANNOTATION_MARKS) as folder:
         # The `data/<split>-*.parquet` layout keeps `load_dataset` away from the JSON beside it
         (folder / "data").mkdir()
         for split, rows in splits.items():

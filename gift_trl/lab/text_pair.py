@@ -4,6 +4,7 @@ A small base and instruct model for any text: byte-level BPE trained on it, rand
 The pair knows nothing. It is there to run a recipe's stages on real data where no real model is at hand.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from gift_trl.checkpoints import write_folder
 
 PAD_TOKEN, START_TOKEN, END_TOKEN = "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, END_TOKEN)
+# What a pair was made with; a folder that holds it may be replaced by another pair
+PAIR_FILE = "pair.json"
 # A byte-level vocabulary holds every byte, the special tokens and at least one merge.
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 1
 
@@ -107,7 +110,7 @@ def make_text_pair(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace an `output_dir` that is not empty.
+            Whether to replace an `output_dir` that holds another such pair.
 
     Returns:
         `tuple[pathlib.Path, pathlib.Path]`: The folders of the base and of the instruct model.
@@ -124,7 +127,7 @@ def make_text_pair(
             f"`hidden_size` is {hidden_size}, and heads of an even size are needed: choose a multiple of twice "
             f"`num_heads`, which is {num_heads}."
         )
-    with write_folder(output_dir, overwrite=overwrite) as folder:
+    with write_folder(output_dir, overwrite=overwrite, marks=(PAIR_FILE,)) as folder:
         tokenizer = train_tokenizer(texts, vocab_size, max_length)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -150,6 +153,8 @@ def make_text_pair(
                     _step(model, distance)
                 model.save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
+        facts = {"vocab_size": len(tokenizer), "distance": distance, "seed": seed}
+        (folder / PAIR_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     output_dir = Path(output_dir)
     return output_dir / "base", output_dir / "instruct"
 

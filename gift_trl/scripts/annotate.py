@@ -21,7 +21,7 @@ class AnnotationArguments:
         annotation_output_dir (`str`):
             Folder to write the annotated dataset to, as Parquet.
         annotation_overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a folder that is not empty.
+            Whether to replace a folder that `gift-trl annotate` wrote before.
         import_scores (`str`, *optional*):
             JSON-lines file of the paper's released scripts, whose scores are used; no model is loaded.
         hub_dataset_id (`str`, *optional*):
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from gift_trl.annotation import read_provenance, save_annotated_dataset
     from gift_trl.annotation.hub import check_push_target, push_annotated_dataset
+    from gift_trl.annotation.storage import ANNOTATION_MARKS
     from gift_trl.annotation.summary import summarize_confidences
     from gift_trl.checkpoints import check_output_folder
     from gift_trl.scripts.data import load_recipe_datasets
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = annotation_args.annotation_output_dir
     if output_dir is None:
         raise ValueError("Nothing says where to write: set `--annotation_output_dir`.")
-    check_output_folder(output_dir, overwrite=annotation_args.annotation_overwrite)
+    check_output_folder(output_dir, overwrite=annotation_args.annotation_overwrite, marks=ANNOTATION_MARKS)
     repo_id = annotation_args.hub_dataset_id
     if training_args.push_to_hub and repo_id is None:
         raise ValueError(

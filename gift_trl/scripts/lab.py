@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from gift_trl.lab.experiment import Treatment
 
 
+# One of them is in every folder of the command: its runs, or their report
+_MARKS = ("runs", "lab.json")
 _DESCRIPTION = """\
 Trains, merges and evaluates Instruct-SFT, Shadow-FT, GIFT-BaseT, GIFT, RE-Adapt and LoRE-Adapt on a tiny model pair for
 every seed, mix of reference answers, learning rate and number of examples. Every finished run is kept in the output folder
@@ -118,6 +120,13 @@ def _check(options: argparse.Namespace) -> None:
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         problems.append(f"`--output_dir {folder}` is a file: name a folder.")
+    elif folder.is_dir() and not any((folder / name).exists() for name in _MARKS):
+        foreign = sorted(entry.name for entry in folder.iterdir())
+        if foreign:
+            problems.append(
+                f"`--output_dir {folder}` holds `{foreign[0]}` and nothing of the lab, whose files would come beside it or in "
+                "its place: name a new folder, or that of earlier runs."
+            )
     if problems:
         raise ValueError(" ".join(problems))
 

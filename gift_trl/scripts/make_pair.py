@@ -40,7 +40,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--num_heads", type=int, default=4, help="number of attention heads")
     parser.add_argument("--max_length", type=int, default=4096, help="longest input of the models")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output_dir that is not empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output_dir that holds such a pair")
     return parser
 
 

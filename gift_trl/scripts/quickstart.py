@@ -39,6 +39,8 @@ mixes of the training data's reference answers:
 """
 # All that the command writes, so that replacing an earlier result removes nothing else.
 _WRITTEN = {"base", "instruct", "data", "results", "report.html", "comparison.png", "results.json"}
+# With this among them, it was the quick start that wrote the folder
+_MARKS = ("results.json",)
 # The stress case, a smaller learning rate on the same data, and clean data: None stands for the recipe's learning rate.
 _DEFAULT_SETTINGS: tuple[tuple[str, float | None], ...] = (("A", None), ("A", 1e-3), ("Z", None))
 
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         from gift_trl.lab.report import write_report
 
     check_seed(options.seed)
-    with warnings.catch_warnings(), write_folder(output_dir, overwrite=True) as folder:
+    with warnings.catch_warnings(), write_folder(output_dir, overwrite=True, marks=_MARKS) as folder:
         silence_libraries()
         comparison = _compare(options.seed, options.mix, folder)
         seconds = time.perf_counter() - start
@@ -94,7 +96,9 @@ def _check_output_dir(output_dir: str) -> Path:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"--output_dir {output_dir} is a file: name a folder.")
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _WRITTEN) if path.is_dir() else []
+    found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    # Names alone, such as `data`, are anyone's
+    foreign = sorted(found - _WRITTEN) or (sorted(found) if found.isdisjoint(_MARKS) else [])
     if foreign:
         raise FileExistsError(
             f"--output_dir {output_dir} holds `{foreign[0]}`, which the quick start did not write, and would be "

@@ -96,3 +96,15 @@ def test_command_names_what_is_wrong_with_the_file(tmp_path, content, message):
         data.write_text(content)
     with pytest.raises((OSError, ValueError), match=message):
         make_pair.main(["--dataset", str(data), "--output_dir", str(tmp_path / "pair")])
+
+
+def test_a_pair_replaces_a_pair_only(tmp_path):
+    sizes = {"vocab_size": 280, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "base" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"models' does not look like .* no pair\.json"):
+        make_text_pair(TEXTS, tmp_path / "models", **sizes, overwrite=True)
+    assert (tmp_path / "models" / "base" / "config.json").read_text() == "{}"
+    make_text_pair(TEXTS, tmp_path / "pair", **sizes)
+    base, _ = make_text_pair(TEXTS, tmp_path / "pair", **sizes, seed=1, overwrite=True)
+    assert '"seed": 1' in (base.parent / "pair.json").read_text()

@@ -11,7 +11,7 @@ from gift_trl.evaluation.results import load_results
 from gift_trl.lab.comparison import METHODS
 from gift_trl.lab.corpora import MIXES
 from gift_trl.lab.evaluation import read_scores
-from gift_trl.scripts import quickstart
+from gift_trl.scripts import lab, quickstart
 
 
 def test_help_names_every_mix():
@@ -28,6 +28,24 @@ def test_foreign_folder_is_refused_before_any_work(tmp_path):
     with pytest.raises(NotADirectoryError, match="is a file: name a folder"):
         quickstart.main(["--output_dir", str(tmp_path / "thesis.tex")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "thesis.tex"]
+
+
+def test_a_folder_with_names_like_its_own_is_not_replaced(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "years.csv").write_text("work")
+    with pytest.raises(FileExistsError, match=r"holds `data`, which the quick start did not write"):
+        quickstart.main(["--output_dir", str(tmp_path)])
+    assert (tmp_path / "data" / "years.csv").read_text() == "work"
+
+
+def test_the_lab_writes_beside_nothing_else(tmp_path):
+    (tmp_path / "lab.html").write_text("the cat Lab")
+    with pytest.raises(ValueError, match=r"holds `lab\.html` and nothing of the lab"):
+        lab.main(["--output_dir", str(tmp_path), "--report_only"])
+    assert (tmp_path / "lab.html").read_text() == "the cat Lab"
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no finished run of the lab"):
+        lab.main(["--output_dir", str(tmp_path), "--report_only"])
 
 
 def test_seed_out_of_range_leaves_an_earlier_result_alone(tmp_path):

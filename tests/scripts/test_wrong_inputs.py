@@ -147,5 +147,15 @@ def test_row_without_text(recipe, fails, tmp_path):
     assert "Row 3 of the data has no text in the column `answer`" in fails(train.main, "--config", config)
 
 
+def test_annotate_replaces_annotations_only(recipe, fails, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_text("precious")
+    arguments = ["--config", recipe(), "--annotation_output_dir", str(tmp_path / "data")]
+    assert "exists and is not empty" in fails(annotate.main, *arguments)
+    message = fails(annotate.main, *arguments, "--annotation_overwrite")
+    assert f"'{tmp_path / 'data'}'" in message and "no gift_provenance.json: it is not overwritten" in message
+    assert (tmp_path / "data" / "train.parquet").read_text() == "precious"
+
+
 def test_annotate_needs_a_place_to_write(recipe, fails):
     assert "set `--annotation_output_dir`" in fails(annotate.main, "--config", recipe())
