@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners import ia3, loha, lokr, lora
+from peft.tuners import hira, ia3, loha, lokr, lora, miss
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -57,7 +57,10 @@ class AdapterLayer:
 
     @property
     def merges_by_rows(self) -> bool:
-        """Whether some rows of the weight are merged without the others: LoRA, DoRA on rows of outputs, LoHa, LoKr, IA3."""
+        """
+        Whether some rows of the weight are merged without the others: LoRA, DoRA on rows of outputs, LoHa, LoKr, IA3, HiRA,
+        MiSS.
+        """
         # Exactly these classes: their subclasses belong to other methods or kinds of layer.
         kind = type(self.layer)
         if kind is lora.Embedding:
@@ -66,8 +69,11 @@ class AdapterLayer:
             return len(self.tensors) == 4
         if kind is lokr.Linear:
             return "lokr_w1" in self._factors and "lokr_t2" not in self._factors
-        if kind is ia3.Linear:
+        if kind in (ia3.Linear, hira.Linear):
             return not self.layer.fan_in_fan_out
+        if kind is miss.MissLinear:
+            # Other functions of MiSS mix rows, or repeat what they add to them
+            return self.layer.miss_fn not in ("bat", "mini")
         if kind is not lora.Linear or self.layer.lora_bias[ADAPTER_NAME]:
             return False
         return not self.layer.lora_variant or (
@@ -180,6 +186,10 @@ class AdapterLayer:
         if kind is lokr.Linear:
             unit = self._row_unit
             return tensor[start // unit : end // unit] if factor == "lokr_w1" else tensor
+        if kind is hira.Linear:
+            return tensor[start:end] if factor == "hira_B" else tensor
+        if kind is miss.MissLinear:  # whose columns are the rows of the weight
+            return tensor[:, start:end]
         if kind is ia3.Linear:  # one factor for each row, or for each column
             return tensor if self.layer.is_feedforward else tensor[start:end]
         # The factor whose one dimension are the rows of the stored weight; the columns of A where that is transposed.
@@ -250,6 +260,8 @@ class AdapterLayer:
             merged = {name: base_layer._parameters[name].data for name in weights}
         finally:
             layer.merged_adapters.clear()
+            if isinstance(layer, hira.HiraLayer):  # the next weights would be taken for those that it remembers
+                layer._base_weight_before_merge = None
             if scale != 1.0 and _has_scale(layer):
                 layer.set_scale(ADAPTER_NAME, 1.0)
             for held, name, empty in lent:
@@ -367,9 +379,10 @@ def _merged_parameters(layer: BaseTunerLayer) -> tuple[str, ...]:
     if isinstance(layer, lora.ParamWrapper):
         return (layer.parameter_name,)
     held = tuple(name for name, parameter in layer.get_base_layer()._parameters.items() if parameter is not None)
-    # LoRA leaves the bias alone unless it has one of its own, as do LoHa and LoKr; other methods may scale it.
+    # LoRA leaves the bias alone unless it has one of its own, as do LoHa, LoKr, HiRA and MiSS; other methods may scale it.
     has_own_bias = isinstance(layer, lora.LoraLayer) and layer.lora_bias[ADAPTER_NAME]
     scales_columns = isinstance(layer, ia3.IA3Layer) and layer.is_feedforward
-    if (isinstance(layer, lora.LoraLayer | LycorisLayer) and not has_own_bias) or scales_columns:
+    spares_bias = isinstance(layer, lora.LoraLayer | LycorisLayer | hira.HiraLayer | miss.MissLayer)
+    if (spares_bias and not has_own_bias) or scales_columns:
         return tuple(name for name in held if name != "bias")
     return held

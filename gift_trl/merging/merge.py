@@ -85,8 +85,8 @@ def merge_adapter(
     from the instruct model. The output folder appears when it is complete, or not at all.
 
     Merged are LoRA (rsLoRA, DoRA, rank and alpha patterns, embeddings, experts) and further types of PEFT whose layers
-    merge, see `MERGED_TYPES` in `adapter.py`; everything else is refused by name. LoRA and DoRA are merged by blocks of
-    rows; for other types, one module and PEFT's intermediate results for it are in memory.
+    merge, see `MERGED_TYPES` in `adapter.py`; everything else is refused by name. LoRA, DoRA, LoHa, LoKr, IA3, HiRA
+    and MiSS are merged by blocks of rows; for other types, one module and PEFT's intermediate results for it are in memory.
 
     Args:
         adapter (`str` or `os.PathLike`):

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from merge_helpers import merged_by_peft, same_bits, tensors_of
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import HiraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -241,8 +241,11 @@ def test_blocks_of_rows_equal_the_whole(settings, rank, dtype, alpha, scale):
         (LoKrConfig(r=8, alpha=24), ("lokr_w1", "lokr_w2_a", "lokr_w2_b")),
         (LoKrConfig(r=4000, alpha=24), ("lokr_w1", "lokr_w2")),
         (IA3Config(feedforward_modules=["down_proj"]), ("ia3_l",)),
+        (HiraConfig(r=8), ("hira_A", "hira_B")),
+        (MissConfig(r=50), ("miss_block",)),
+        (MissConfig(r=64), ("miss_block",)),
     ],
-    ids=["loha", "lokr", "lokr-whole", "ia3"],
+    ids=["loha", "lokr", "lokr-whole", "ia3", "hira", "miss", "miss-remainder"],
 )
 def test_blocks_of_rows_of_other_types_equal_the_whole(settings, factors, dtype):
     config = LlamaConfig(
