@@ -3,7 +3,14 @@
 from datasets import Dataset
 from peft import LoraConfig
 
-from gift_trl import GIFTConfig, GIFTSFTTrainer, MergeReport, annotate_dataset, merge_adapter
+from gift_trl import (
+    GIFTConfig,
+    GIFTSFTTrainer,
+    MergeAndPushCallback,
+    MergeReport,
+    annotate_dataset,
+    merge_adapter,
+)
 
 
 def right(dataset: Dataset) -> MergeReport:
@@ -13,6 +20,7 @@ def right(dataset: Dataset) -> MergeReport:
         args=GIFTConfig(output_dir="adapter", instruct_model_name_or_path="instruct", confidence_exponent=1.0),
         train_dataset=annotated,
         peft_config=LoraConfig(target_modules="all-linear"),
+        callbacks=[MergeAndPushCallback("merged", hub_merged_model_id="user/merged")],
     )
     metrics: dict[str, float] = trainer.train().metrics
     print(metrics, trainer.args.weight_normalization)
@@ -27,4 +35,5 @@ def wrong(dataset: Dataset) -> None:
     GIFTSFTTrainer(model="base", instruct_model=1)  # type: ignore[arg-type]
     print(GIFTSFTTrainer("base").args.exponent)  # type: ignore[attr-defined]
     merge_adapter("adapter", "instruct")  # type: ignore[call-arg]
+    MergeAndPushCallback("merged", merge_scale="half")  # type: ignore[arg-type]
     merge_adapter("adapter", "instruct", "merged", scale="half")  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from gift_trl.hub.preflight import (
     Findings,
     check_merge,
     check_pushes,
+    check_saved_whole,
     instruct_model,
     is_merge_of,
     last_checkpoint,
@@ -175,6 +176,7 @@ class MergeAndPushCallback(StageCallback):
 
     def before_training(self, trainer: GIFTSFTTrainer, resume_from_checkpoint: str | None) -> None:
         """Takes the trainer; called by it."""
+        check_saved_whole(trainer)
         is_first = self._trainer is None
         self._trainer, self._resumed_from = trainer, resume_from_checkpoint
         peft_config = adapter_config(trainer.model)

@@ -21,7 +21,7 @@ from gift_trl.hub.uploads import PushLedger
 from gift_trl.merging.planned import preflight_training
 from gift_trl.merging.report import REPLACED_MARKS
 from gift_trl.repositories import HUB_ERRORS, call_hub, check_repository, explain
-from gift_trl.training import GIFTConfig
+from gift_trl.training import GIFTConfig, GIFTSFTTrainer
 
 
 STEP_BRANCH = "step-{:06d}"
@@ -173,6 +173,15 @@ def check_pushes(
                 )
             )
     return adapter_id, merged_id
+
+
+def check_saved_whole(trainer: GIFTSFTTrainer) -> None:
+    """Refuses a trainer that saves the adapter in shards, from which nothing can be merged or pushed."""
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            "FSDP would save the adapter in shards, which cannot be merged or pushed: set `fsdp_state_dict_type: "
+            "FULL_STATE_DICT` in the accelerate configuration."
+        )
 
 
 def merged_is_private(settings: Any, args: GIFTConfig) -> bool | None:

@@ -4,12 +4,14 @@ import contextlib
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, snapshot_download
 from peft import LoraConfig, PeftModel
+from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from gift_trl import GIFTConfig, GIFTSFTTrainer, MergeAndPushCallback, merge_adapter
@@ -262,3 +264,11 @@ def test_a_trainer_that_does_not_save_for_it(tmp_path):
     callback = MergeAndPushCallback(tmp_path / "merged")
     with pytest.raises(ValueError, match="use a `GIFTSFTTrainer`"):
         callback.on_train_begin(GIFTConfig(str(tmp_path), bf16=False), TrainerState(), TrainerControl())
+
+
+def test_an_adapter_that_fsdp_saves_in_shards(tmp_path):
+    plugin = SimpleNamespace(state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator)
+    with pytest.raises(ValueError, match="FULL_STATE_DICT"):
+        MergeAndPushCallback(tmp_path / "merged").before_training(trainer, None)
