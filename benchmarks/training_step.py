@@ -105,7 +105,13 @@ def make_model(preset: str, vocabulary: int, dtype: str, device: str, seed: int 
 
 
 def make_trainer(
-    name: str, model: PreTrainedModel, args: argparse.Namespace, preset: str, steps: int, output_dir: str
+    name: str,
+    model: PreTrainedModel,
+    args: argparse.Namespace,
+    preset: str,
+    steps: int,
+    output_dir: str,
+    **options: Any,
 ) -> SFTTrainer:
     """A trainer on its own adapter and, since only adapters are trained, the same weights and batches as the others."""
     method = name.removesuffix("-again")
@@ -122,6 +128,7 @@ def make_trainer(
         "disable_tqdm": True,
         "bf16": model.dtype == torch.bfloat16,
         "use_cpu": model.device.type == "cpu",
+        **options,
     }
     rank = TINY_RANK if preset == "tiny" else LORA_RANK
     keywords: dict[str, Any] = {
@@ -214,7 +221,7 @@ def measure_steps(args: argparse.Namespace, model: PreTrainedModel, names: list[
     return results
 
 
-def memory_of(name: str, args: argparse.Namespace, vocabulary: int, dtype: str) -> float:
+def memory_of(name: str, args: argparse.Namespace, vocabulary: int, dtype: str, **options: Any) -> float:
     """Peak memory in MB of the first steps above the weights, to be run in a fresh process."""
     torch.set_num_threads(args.threads)
     # glibc would learn to keep large blocks for later, differently in every run: give back all from 64 kB (M_MMAP_THRESHOLD)
@@ -222,9 +229,9 @@ def memory_of(name: str, args: argparse.Namespace, vocabulary: int, dtype: str) 
     with tempfile.TemporaryDirectory() as folder:
         # What the libraries allocate once belongs to no method
         small = make_model("tiny", AUDIT_VOCABULARY, dtype, args.device)
-        make_trainer(name, small, args, "tiny", MEMORY_STEPS, folder).train()
+        make_trainer(name, small, args, "tiny", MEMORY_STEPS, folder, **options).train()
         model = make_model(args.preset, vocabulary, dtype, args.device)
-        trainer = make_trainer(name, model, args, args.preset, MEMORY_STEPS, folder)
+        trainer = make_trainer(name, model, args, args.preset, MEMORY_STEPS, folder, **options)
         gc.collect()
         return peak_of(trainer.train, model.device)
 

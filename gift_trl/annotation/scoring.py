@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gift_trl.annotation.head import SMALLEST_PRODUCT, add_scoring_head
 from gift_trl.annotation.rows import Row
@@ -16,7 +16,7 @@ from gift_trl.annotation.rows import Row
 
 # On a CPU a large batch gains nothing over a row, and its activations leave the cache (benchmarks/annotation.py); on a
 # GPU nothing is gained beyond the upper bound
-_CPU_TOKENS = 1024
+CPU_TOKENS = 1024
 _GPU_TOKENS = (2048, 32_768)
 # Tokens of the pass that compares the head with the model's own logits, and the largest mean difference of
 # log-probabilities that rounding explains
@@ -180,15 +180,34 @@ def default_tokens_per_batch(model: PreTrainedModel) -> int:
         `int`: Number of tokens; on a GPU a power of two.
     """
     if model.device.type != "cuda":
-        return _CPU_TOKENS
-    config = model.config.get_text_config()
+        return CPU_TOKENS
+    return tokens_that_fit(
+        model.config, model.dtype, min(torch.cuda.mem_get_info(device)[0] for device in _devices(model))
+    )
+
+
+def tokens_that_fit(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:
+    """
+    Padded tokens of a forward pass that fit into free memory of a GPU.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the model.
+        dtype ([`torch.dtype`]):
+            Dtype of its activations.
+        free (`int`):
+            Bytes that are free beside its weights.
+
+    Returns:
+        `int`: Number of tokens, a power of two.
+    """
+    config = config.get_text_config()
     hidden = config.hidden_size
     # Alive at once in a layer: residual, normalised and attention states, and the three intermediate ones of the MLP
     # (of every expert a token is sent to)
     experts = getattr(config, "num_experts_per_tok", None) or 1
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    bytes_per_token = model.dtype.itemsize * (8 * hidden + 3 * experts * intermediate)
-    free = min(torch.cuda.mem_get_info(device)[0] for device in _devices(model))
+    bytes_per_token = dtype.itemsize * (8 * hidden + 3 * experts * intermediate)
     tokens = free // 2 // bytes_per_token
     low, high = _GPU_TOKENS
     return min(high, max(low, 1 << max(0, int(tokens).bit_length() - 1)))

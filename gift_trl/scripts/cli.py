@@ -23,6 +23,7 @@ COMMANDS = {
     "quickstart": "see the whole method at work on a tiny model pair, in minutes on a CPU",
     "lab": "the effect experiment on tiny pairs: every method over seeds, noise, learning rates and data sizes",
     "recipe": "write a recipe for a pair of models that has none",
+    "estimate": "memory and time of a recipe's stages on given GPUs, and the accelerate configuration to take",
     "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",
 }
 _DEBUG = "GIFT_TRL_DEBUG"
