@@ -18,3 +18,4 @@ def client(server, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "output.txt"
     with client_process(server.environment(tmp_path_factory.mktemp("home")), log) as call:
         yield call
+    assert TOKEN not in log.read_text()

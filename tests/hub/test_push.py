@@ -12,7 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from fault_bench import make_model
-from hub_server import HubServer, client_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gift_trl.hub import PushReport, check_push_target, push_folder
@@ -20,20 +19,6 @@ from gift_trl.scripts.push import main as push_command_line
 
 
 TOKEN = "hf_canaryThatMustBeReadNowhere"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with HubServer(token=TOKEN) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "output.txt"
-    with client_process(server.environment(tmp_path_factory.mktemp("home")), log) as call:
-        yield call
-    assert TOKEN not in log.read_text()
 
 
 @pytest.fixture
