@@ -277,7 +277,7 @@ def describe(error: BaseException) -> str:
 
 def redact(text: str) -> str:
     """
-    Leaves out of a text what nobody else may read: the token, and what stands in an address after its path.
+    Leaves out of a text what nobody else may read: the token, and of an address the login and what follows its path.
 
     Args:
         text (`str`):
@@ -288,6 +288,8 @@ def redact(text: str) -> str:
     """
     if token := get_token():
         text = text.replace(token, "[token]")
+    # That of a proxy may hold a password
+    text = re.sub(r"(https?://)[^\s/@'\"<>]+@", r"\1[…]@", text)
     # The address of an upload is signed: who reads it can write there
     return re.sub(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+", r"\1?[…]", text)
 

@@ -15,6 +15,7 @@ from fault_bench import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gift_trl.hub import PushReport, check_push_target, push_folder
+from gift_trl.repositories import redact
 from gift_trl.scripts.push import main as push_command_line
 
 
@@ -336,3 +337,9 @@ def test_the_command(server, client, folder):
     out, _, _ = client(run_command, command[2:])
     assert out.startswith("Nothing to push: the files are there already (user/command, branch step-000100, tag v1)")
     assert len(server.repositories["model", "user/command"].commits) == 2
+
+
+def test_what_a_message_leaves_out(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    text = f"GET https://me:secret@proxy:3128/a/b?X-Signature=secret&x=1 'https://hub/a?b' with {TOKEN} at 12:30"
+    assert redact(text) == "GET https://[…]@proxy:3128/a/b?[…] 'https://hub/a?[…]' with [token] at 12:30"

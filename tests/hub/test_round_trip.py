@@ -13,7 +13,7 @@ from hub_server import HubServer, client_process
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gift_trl.scripts import annotate, evaluate, merge, push, recipe, report, train
+from gift_trl.scripts import annotate, evaluate, merge, push, report, train
 from gift_trl.scripts.cli import run
 
 
@@ -25,7 +25,6 @@ COMMANDS = {
     "evaluate": evaluate,
     "merge": merge,
     "push": push,
-    "recipe": recipe,
     "report": report,
     "train": train,
 }
@@ -108,7 +107,7 @@ def finished(server, client, work, pair, conversations) -> Path:
     config = ("--config", str(work / "recipe.yaml"))
     annotated, merged = str(work / "annotated"), str(work / "merged")
     client(run_command, "annotate", *config, "--annotation_output_dir", annotated, "--hub_dataset_id", "user/scored")
-    client(run_command, "report", annotated)
+    client(run_command, "report", "annotation", annotated, "--output", str(work / "annotated.html"))
     client(run_command, "train", *config)
     adapter = ("--adapter", str(work / "adapter"), "--instruct_model", "user/instruct", "--base_model", "user/base")
     client(run_command, "merge", *adapter, "--output_dir", merged, "--verify", "--verify_max_new_tokens", "1")
@@ -116,7 +115,9 @@ def finished(server, client, work, pair, conversations) -> Path:
     (work / "colours.yaml").write_text(yaml.safe_dump(task))
     evaluation = ("--tasks", str(work / "colours.yaml"), "--output_dir", str(work / "results"), "--use_cpu")
     client(run_command, "evaluate", "--models", f"merged={merged}", "instruct=user/instruct", *evaluation)
-    client(run_command, "report", str(work / "results"), "--card", f"merged={merged}")
+    client(
+        run_command, "report", str(work / "results"), "--output", str(work / "report"), "--card", f"merged={merged}"
+    )
     client(run_command, "push", str(work / "adapter"), "--repo_id", "user/adapter", "--private")
     client(run_command, "push", merged, "--repo_id", "user/merged", "--tag", "v1")
     return work
