@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import matplotlib
 from cycler import cycler
@@ -63,7 +63,8 @@ def new_figure(
         "grid.color": faint,
         "axes.prop_cycle": cycler(color=_DARK_SERIES if dark else SERIES),
     }
-    with matplotlib.rc_context({**_STYLE, **colors}):
+    style: Any = {**_STYLE, **colors}
+    with matplotlib.rc_context(style):
         # Without pyplot: no global state, and no display is looked for
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)

@@ -109,7 +109,7 @@ def check_repository(
         if "/" not in repo_id:
             repo_id = f"{user['name']}/{repo_id}"
         try:
-            remote = call_hub(api.repo_info, repo_id, repo_type=repo_type)
+            remote: Any = call_hub(api.repo_info, repo_id, repo_type=repo_type)
             call_hub(api.auth_check, repo_id, repo_type=repo_type, write=True)
         except RepositoryNotFoundError:
             remote = None

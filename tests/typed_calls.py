@@ -11,6 +11,7 @@ from gift_trl import (
     annotate_dataset,
     merge_adapter,
 )
+from gift_trl.hub import PushReport, push_folder
 
 
 def right(dataset: Dataset) -> MergeReport:
@@ -22,6 +23,8 @@ def right(dataset: Dataset) -> MergeReport:
         peft_config=LoraConfig(target_modules="all-linear"),
         callbacks=[MergeAndPushCallback("merged", hub_merged_model_id="user/merged")],
     )
+    pushed: PushReport = push_folder("merged", "user/name", private=True)
+    print(pushed.commit)
     metrics: dict[str, float] = trainer.train().metrics
     print(metrics, trainer.args.weight_normalization)
     return merge_adapter("adapter", "instruct", "merged", scale=0.5)
@@ -37,3 +40,6 @@ def wrong(dataset: Dataset) -> None:
     merge_adapter("adapter", "instruct")  # type: ignore[call-arg]
     MergeAndPushCallback("merged", merge_scale="half")  # type: ignore[arg-type]
     merge_adapter("adapter", "instruct", "merged", scale="half")  # type: ignore[arg-type]
+    MergeAndPushCallback("merged", hub_model_id="user/name")  # type: ignore[call-arg]
+    push_folder("merged")  # type: ignore[call-arg]
+    push_folder("merged", "user/name", private="yes")  # type: ignore[arg-type]

@@ -110,10 +110,10 @@ class Comparison:
             as in [`Difference`]; `None` if a task is missing.
         """
         found = [self.differences.get((model, task)) for task in tasks]
-        interval = mean_interval([difference and difference.interval for difference in found])
+        interval = mean_interval([None if difference is None else difference.interval for difference in found])
         if interval is None:
             return None
-        is_enough = all(len(difference.problems) >= MIN_PROBLEMS for difference in found)
+        is_enough = all(difference is not None and len(difference.problems) >= MIN_PROBLEMS for difference in found)
         return interval, _verdict(interval) if is_enough else "undecided"
 
 
@@ -133,12 +133,13 @@ def mean_interval(intervals: Sequence[Interval | None]) -> Interval | None:
         [`~gift_trl.evaluation.statistics.Interval`] or `None`: The mean, with an interval whose sides are the root of the
         summed squares of theirs by their number; `None` if there is no figure, or one is missing.
     """
-    if not intervals or None in intervals:
+    known = [interval for interval in intervals if interval is not None]
+    count = len(known)
+    if not known or count < len(intervals):
         return None
-    count = len(intervals)
-    mean = sum(interval.mean for interval in intervals) / count
-    below = math.hypot(*(interval.mean - interval.low for interval in intervals)) / count
-    above = math.hypot(*(interval.high - interval.mean for interval in intervals)) / count
+    mean = sum(interval.mean for interval in known) / count
+    below = math.hypot(*(interval.mean - interval.low for interval in known)) / count
+    above = math.hypot(*(interval.high - interval.mean for interval in known)) / count
     return Interval(mean, mean - below, mean + above)
 
 
@@ -177,7 +178,7 @@ def compare_results(
         raise ValueError(
             f"There is no task `{'`, `'.join(unknown)}` to call one of retention: the tasks are {', '.join(tasks)}."
         )
-    roles = {}
+    roles: dict[str, str] = {}
     for part in results:
         for task in part.tasks:
             roles.setdefault(task, "retention" if task in retention else part.role(task))

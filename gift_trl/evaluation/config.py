@@ -113,7 +113,7 @@ class EvaluationConfig:
     max_retries: int = 8
     overwrite: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_names(list(self.models), "model")
         _check_names([task.name for task in self.tasks], "task")
         if self.baseline is not None and self.baseline not in self.models:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -183,7 +184,7 @@ class TransformersEngine:
         )
         sampler = make_sampler(batch, sampling, self.stop_ids, device)
         stops = torch.tensor(self.stop_ids, device=device)
-        options = {}
+        options: dict[str, Any] = {}
         if self._drops_rows:
             options["past_key_values"] = DynamicCache(config=self.model.config)
             options["stopping_criteria"] = StoppingCriteriaList([_HalfEnded(stops)])
@@ -248,7 +249,7 @@ class _HalfEnded(StoppingCriteria):
     def __init__(self, stops: torch.Tensor):
         self._stops = stops
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         ended = torch.isin(input_ids[:, -1], self._stops)
         return (2 * ended.sum() >= len(ended)).expand(len(ended))
 
@@ -317,7 +318,9 @@ class _GumbelNoise(LogitsProcessor):
     """Adds to every row the next noise of its stream: argmax(logits + noise) is a draw from softmax(logits)."""
 
     def __init__(self, batch: list[Request], stop_ids: Sequence[int], device: torch.device):
-        self._streams = [torch.Generator(device).manual_seed(request.stream) for request in batch]
+        self._streams: list[torch.Generator | None] = [
+            torch.Generator(device).manual_seed(request.stream) for request in batch
+        ]
         self._stop_ids = set(stop_ids)
         self._started = False
 

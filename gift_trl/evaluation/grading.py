@@ -113,7 +113,7 @@ def grade_generations(
         for batch in map(list, chunk_iterable(generations, _BATCH)):
             texts = [g.text if answer_pattern is None else find_answer(answer_pattern, g.text) for g in batch]
             asked = [(g, text) for g, text in zip(batch, texts, strict=True) if text is not None]
-            results = iter(())
+            results: Iterator[tuple[float, Any]] = iter(())
             if asked:
                 choices = [g.fields.get(_CHOICES) for g, _ in asked]
                 computed = loaded.compute(

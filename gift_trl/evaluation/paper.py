@@ -145,7 +145,9 @@ def place_beside_paper(comparison: Comparison) -> list[Beside]:
             continue
         summaries = {model: [comparison.summary(model, task) for task in known] for model in models}
         figures = {
-            model: mean_interval([s and s.average for s in summaries[model]]) if len(known) == len(tasks) else None
+            model: mean_interval([None if s is None else s.average for s in summaries[model]])
+            if len(known) == len(tasks)
+            else None
             for model in models
         }
         missing = tuple(name for name, task in tasks.items() if task is None)

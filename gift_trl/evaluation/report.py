@@ -186,7 +186,7 @@ def _describe_column(comparison: Comparison, tasks: Sequence[str]) -> str:
 
 def _score_cell(comparison: Comparison, model: str, tasks: Sequence[str]) -> str:
     summaries = [comparison.summary(model, task) for task in tasks]
-    cell = with_interval(mean_interval([summary and summary.average for summary in summaries]))
+    cell = with_interval(mean_interval([None if summary is None else summary.average for summary in summaries]))
     if difference := comparison.mean_difference(model, tasks):
         interval, verdict = difference
         cell += f"\n{_MARKS[verdict]}{difference_with_interval(interval)}"

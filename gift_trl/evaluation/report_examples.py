@@ -98,9 +98,9 @@ def choose_examples(comparison: Comparison, count: int = NUM_EXAMPLES) -> list[E
     examples = []
     for model, task, problem, ours in chosen:
         theirs = min if ours is max else max
-        answers = tuple(
-            _pick(name, attempts[name, task][problem], pick)
-            for name, pick in ((model, ours), (comparison.reference, theirs))
+        answers = (
+            _pick(model, attempts[model, task][problem], ours),
+            _pick(comparison.reference, attempts[comparison.reference, task][problem], theirs),
         )
         asked = attempts[model, task][problem][0][1]
         reference = (

@@ -188,7 +188,7 @@ def _describe(answer: Answer) -> str:
         if answer.extracted is not None
         else "no answer found"
     )
-    ended = {"length": ", cut off", "stop": ""}.get(answer.finish_reason, "")
+    ended = {"length": ", cut off", "stop": ""}.get(answer.finish_reason or "", "")
     return f"{answer.model}: score {answer.score:g}, {found}{ended}"
 
 

@@ -66,7 +66,8 @@ def describe_findings(comparison: Comparison) -> list[str]:
 
 
 def _describe_model(comparison: Comparison, model: str, role: str) -> list[str]:
-    reference, found = comparison.reference, {"above": [], "below": [], "undecided": []}
+    reference = comparison.reference
+    found: dict[str, list[tuple[str, Interval]]] = {"above": [], "below": [], "undecided": []}
     for task in comparison.with_role(role):
         difference = comparison.differences.get((model, task))
         if difference is not None and len(difference.problems) >= MIN_PROBLEMS:

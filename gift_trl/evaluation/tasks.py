@@ -104,7 +104,7 @@ class Sampling:
     top_k: int = 0
     n: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < float("inf"), "0 or above"),
@@ -169,7 +169,7 @@ class Task:
     answer_pattern: str | None = None
     limit: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_name(self.name, "task")
         if self.metric.get("name") not in METRICS:
             raise ValueError(

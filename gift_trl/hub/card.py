@@ -291,7 +291,7 @@ class _Card:
         files = "tokenizer, chat template and configuration"
         like_instruct = f"Its {files} are those of the instruct model."
         base = self.base.link() if self.base is not None else "its base model"
-        if method == "full_delta":
+        if method == "full_delta" and self.tuned is not None:
             return f"{what} plus the difference between {self.tuned.link()} and the base model {base}. {like_instruct}"
         if not self.trainings or method != "linear" or len(self.adapters) > 1:
             kind = "the update of the adapter" if len(self.adapters) == 1 else "the updates of the adapters"
@@ -412,7 +412,7 @@ class _Card:
 
     def _draw_signals(self) -> dict[str, str]:
         """Pictures of the learning signals, by the name of what was trained."""
-        pictures = {}
+        pictures: dict[str, str] = {}
         for name, facts in self.trainings:
             if facts.signal:
                 stem, suffix = os.path.splitext(SIGNAL_PLOT_FILE)

@@ -33,7 +33,7 @@ _DESCRIPTIONS = (
     "*.yaml",
     "*.yml",
 )
-_DOCUMENTS = (
+_DOCUMENTS: tuple[str, ...] = (
     "*.md",
     "*.png",
     "*.svg",
@@ -50,7 +50,14 @@ _DOCUMENTS += ("*POLICY*", "COPYING*")
 _PLOTS = (KINSHIP_PLOT_FILE, SIGNAL_PLOT_FILE)
 _TEMPLATES = "additional_chat_templates/*.jinja"
 # What a trainer writes about its run, and to resume it
-_TRAINING = ("trainer_state.json", "*_results.json", "zero_to_fp32.py", "optimizer*", "scheduler*", "rng_state*")
+_TRAINING: tuple[str, ...] = (
+    "trainer_state.json",
+    "*_results.json",
+    "zero_to_fp32.py",
+    "optimizer*",
+    "scheduler*",
+    "rng_state*",
+)
 _TRAINING += ("checkpoint-*/*", "runs/*", "global_step*/*")
 # Weights in whatever format: of another model, when the folder does not hold them
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot")

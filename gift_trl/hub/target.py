@@ -1,7 +1,7 @@
 """Where a model is pushed to: what a branch of a repository holds, and whether that may be replaced."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
@@ -44,9 +44,9 @@ class Target:
     exists: bool = False
     branch_exists: bool = False
     head: str | None = None
-    files: dict[str, RepoFile] = None
+    files: dict[str, RepoFile] = field(default_factory=dict)
     is_copy: bool = False
-    tags: dict[str, str] = None
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 def check_push_target(

@@ -188,7 +188,7 @@ def unusual_settings(settings: Mapping[str, Any]) -> list[str]:
     """
     kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
     cautions = []
-    if settings.get("use_dora") or not MERGED_TYPES.get(kind, True):
+    if settings.get("use_dora") or not MERGED_TYPES.get(kind or "", True):
         cautions.append(
             f"A {kind} adapter does not add an update but depends on the weights it is put on: what it does to the "
             "instruct model is not what it learned on the base model. LoRA and rsLoRA are what GIFT is made for."
@@ -220,7 +220,7 @@ def foreign_base(settings: dict[str, Any], instruct_model: str, instruct_dir: Pa
     if not base or not card.is_file():
         return []
     try:
-        known = ModelCard(card.read_text(encoding="utf-8")).data.base_model
+        known = ModelCard(card.read_text(encoding="utf-8")).data.get("base_model")
     except (ValueError, YAMLError):
         return []  # a card that cannot be read says nothing
     known = [known] if isinstance(known, str) else list(known or [])
@@ -241,7 +241,8 @@ def _model_part(name: str) -> str:
 
 
 def _unknown_settings(settings: Mapping[str, Any]) -> list[str]:
-    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"))
+    kind: Any = settings.get("peft_type")
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if config is None:
         return []
     known = {*config.__dataclass_fields__, "runtime_config"}

@@ -276,7 +276,8 @@ def _compare_module(
             updates[name].append((update, recipe.adapter_weight[number]))
     found = {}
     for name, stored in parameters.items():
-        update = recipe.scale * combine(*zip(*updates[name], strict=True), recipe, f"{module}.{name}")
+        matrices, factors = zip(*updates[name], strict=True)
+        update = recipe.scale * combine(matrices, factors, recipe, f"{module}.{name}")
         for tensor, part in stored.take_apart(update).items():
             before = base.read(tensor).float()
             difference = source.read(tensor).float() - before

@@ -94,7 +94,7 @@ class MergeRecipe:
     tuned_model_revision: str | None = None
     saved_modules: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_types()
         self.adapter_weight = list(self.adapter_weight or [1.0] * len(self.adapter))
         self.adapter_revision = list(self.adapter_revision or [None] * len(self.adapter))
@@ -216,7 +216,7 @@ class MergeRecipe:
             draw at random, and for those that mergekit does not have; for `saved_modules` and for adapters that do not add
             an update; and for names in which mergekit would read `+` or `@` as the start of an adapter or revision.
         """
-        additive = all(MERGED_TYPES.get(s.get("peft_type")) and not s.get("use_dora") for s in adapter_settings)
+        additive = all(MERGED_TYPES.get(s.get("peft_type", "")) and not s.get("use_dora") for s in adapter_settings)
         names = [self.instruct_model, *self.adapter, self.base_model or "", self.tuned_model or ""]
         if self.saved_modules or not additive or any(mark in name for name in names for mark in "+@"):
             return None
@@ -250,8 +250,8 @@ class MergeRecipe:
         }
 
 
-def _reference(model: str, revision: str | None) -> str:
-    return f"{model}@{revision}" if revision else model
+def _reference(model: str | None, revision: str | None) -> str:
+    return f"{model}@{revision}" if revision else str(model)
 
 
 def _typed(value: Any, kind: str) -> Any:

@@ -223,7 +223,7 @@ def sweep_scales(
         saved_modules=saved_modules,
     )
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = AutoModelForCausalLM.from_pretrained(plan.instruct_dir, dtype=dtype, **placement)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(plan.instruct_dir, dtype=dtype, **placement)
     model = apply_plan(model, plan.adapters[0], saved_modules)
     entries = []
     for scale in tqdm(scales, desc="Sweeping", unit="scale", delay=2):

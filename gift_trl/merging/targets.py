@@ -70,6 +70,7 @@ class Target:
             `dict[str, torch.Tensor]`: The merged parameters, of the same shapes and dtypes.
         """
         if self.layer is None:
+            assert self.replacement is not None  # a target has one or the other
             return {name: self.replacement.to(weight.dtype) for name, weight in weights.items()}
         if self.merges_by_rows:
             merge = {"weight": self.layer.merge_rows, "bias": self.layer.merge_bias}
@@ -189,7 +190,7 @@ def _strangers(
 ) -> list[str]:
     """Tensors of the adapter for which the model has no place, or its own settings name none."""
     mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[settings['peft_type']]}"
-    stored = {}
+    stored: dict[str, str] = {}
     for key in adapter:
         if mark in key:
             module = key.removeprefix(PREFIX).partition(mark)[0]
@@ -225,7 +226,8 @@ def _strangers(
 
 def _unfit(loaded: LoadedAdapter) -> list[str]:
     """Tensors that the adapter lacks, or has in another shape."""
-    problems, missing = [], {}
+    problems: list[str] = []
+    missing: dict[str, list[str]] = {}
     for key, empty in loaded.own.items():
         if key not in loaded.tensors and empty.is_meta:
             path, _, rest = key.partition(f".{ADAPTER_NAME}")
