@@ -29,7 +29,7 @@ SHOWN = ("text", "math", "bibtex")
 # What is neither run nor parsed, and why
 LEFT_OUT = {"hf auth login": "asks for a token of the Hub, and is a command of huggingface_hub"}
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
-_PROGRAMS = ("gift-trl", "accelerate", "python", "pip", "make", "hf", ".venv/bin/pytest")
+_PROGRAMS = ("gift-trl", "accelerate", "python", "pip", "make", "hf", ".venv/bin/pytest", ".venv/bin/python")
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,14 @@ def check(command: Command) -> str:
     if str(command) in LEFT_OUT:
         return LEFT_OUT[str(command)]
     program, *argv = command.argv
+    program = program.removeprefix(".venv/bin/")
     checks: dict[str, Callable[[list[str]], None]] = {
         "gift-trl": _check_gift_trl,
         "accelerate": _check_accelerate,
         "make": _check_make,
         "pip": _check_pip,
         "python": _check_script,
-        ".venv/bin/pytest": _check_pytest,
+        "pytest": _check_pytest,
     }
     if program not in checks:
         raise ValueError(f"No parser of `{program}` is known here: write one, or name the command in LEFT_OUT.")
@@ -201,7 +202,7 @@ def _check_gift_trl(argv: list[str]) -> None:
         launcher.parse_args(["--config_file", str(accelerate_config_file(config)), *options, "module"])
     if isinstance(parser, TrlParser):
         # A GPU is not what is checked
-        parser.parse_args_and_config([*argv, *(["--use_cpu"] if name in ("train", "annotate") else [])])
+        parser.parse_args_and_config([*argv, *(["--use_cpu"] if "--use_cpu" in parser._option_string_actions else [])])
     else:
         parser.parse_args(argv)
 
