@@ -41,7 +41,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,docs,evaluation,quantization,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,docs,evaluation,lm-eval,quantization,dev]'
 	touch $@
 
 clean:

@@ -62,6 +62,56 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class HarnessTask:
+    """
+    A task of lm-eval.
+
+    Args:
+        name (`str`):
+            Name of its folder of results.
+        task (`str`, *optional*):
+            Task, group (such as `mmlu`) or tag of lm-eval, or the path of a YAML file in its format. Defaults to `name`.
+        metric (`str`, *optional*):
+            Metric of the harness, from 0 to 1 for each problem. Defaults to the task's first.
+        filter (`str`, *optional*):
+            Filter of the harness that the metric is taken after. Defaults to the task's first.
+        num_fewshot (`int`, *optional*):
+            Number of examples in the prompt. Defaults to the task's own.
+        limit (`int`, *optional*):
+            Number of problems of each task of a group, from the start.
+        system (`str`, *optional*):
+            System message.
+        chat (`bool`, *optional*, defaults to `True`):
+            Whether prompts go through the model's chat template.
+        batch_size (`int`, *optional*):
+            Number of prompts in a batch. Defaults to what fits on a GPU, and to 8 on a CPU.
+        role (`str`, *optional*, defaults to `"retention"`):
+            As in [`~gift_trl.evaluation.tasks.Task`].
+        description (`str`, *optional*):
+            What it is, in a sentence.
+    """
+
+    name: str
+    task: str | None = None
+    metric: str | None = None
+    filter: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    system: str | None = None
+    chat: bool = True
+    batch_size: int | None = None
+    role: Literal["target", "retention"] = "retention"
+    description: str = ""
+
+    def __post_init__(self):
+        check_name(self.name, "task")
+        for name, lowest in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"Task `{self.name}`: `{name}` is {value}: it has to be at least {lowest}.")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """
     An evaluation.
@@ -73,6 +123,8 @@ class EvaluationConfig:
             Models by the names they have in the results.
         tasks (`tuple[Task, ...]`):
             Tasks.
+        lm_eval (`tuple[HarnessTask, ...]`, *optional*):
+            Tasks of lm-eval, such as `mmlu` and `ifeval`. With the `transformers` engine, in one process.
         baseline (`str`, *optional*):
             Name of the model that the others are compared with. Defaults to the first.
         seeds (`list[int]`, *optional*, defaults to `[0]`):
@@ -101,6 +153,7 @@ class EvaluationConfig:
     output_dir: str
     models: dict[str, ModelSpec]
     tasks: tuple[Task, ...]
+    lm_eval: tuple[HarnessTask, ...] = ()
     baseline: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -115,7 +168,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _check_names(list(self.models), "model")
-        _check_names([task.name for task in self.tasks], "task")
+        _check_names([task.name for task in (*self.tasks, *self.lm_eval)], "task")
         if self.baseline is not None and self.baseline not in self.models:
             raise ValueError(
                 f"`baseline` is '{self.baseline}', and the models are {', '.join(self.models)}: name one of them."
@@ -127,6 +180,11 @@ class EvaluationConfig:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it has to be at least 1.")
         if self.engine == "vllm":
             self._check_servers()
+            if self.lm_eval:
+                raise ValueError(
+                    "The tasks of `lm_eval` need the weights here, for the probabilities of choices: evaluate them with the engine "
+                    "`transformers`, into another `output_dir`, and give both to `gift-trl report`."
+                )
 
     def _check_servers(self) -> None:
         places: dict[tuple[str, str | None], str] = {}
@@ -172,7 +230,7 @@ def make_config(
     Args:
         values (`dict[str, Any]`):
             Fields of [`EvaluationConfig`]. `models` maps names to Hub ids, folders or fields of [`ModelSpec`]; `tasks` lists
-            what [`load_task`] takes.
+            what [`load_task`] takes; `lm_eval` lists names of lm-eval or fields of [`HarnessTask`].
         tasks_folder (`Path`, *optional*):
             Where the shipped tasks are.
         limit (`int`, *optional*):
@@ -187,7 +245,9 @@ def make_config(
         `ValueError`, `FileNotFoundError`: If it makes no sense; the message names the field.
     """
     values = dict(values)
-    models, tasks = values.get("models"), values.get("tasks")
+    models, tasks, harness = values.get("models"), values.get("tasks"), values.pop("lm_eval", None) or []
+    if tasks is None and harness:
+        tasks = []
     if not isinstance(models, dict):
         raise ValueError(
             f"`models` is {models!r}: map names to Hub ids or folders, as in `instruct: Qwen/Qwen2.5-7B-Instruct`."
@@ -196,10 +256,42 @@ def make_config(
         raise ValueError(
             f"`tasks` is {tasks!r}: list names of shipped tasks, paths of YAML files, or tasks themselves."
         )
+    if not isinstance(harness, list) or not all(isinstance(task, str | dict) for task in harness):
+        raise ValueError(f"`lm_eval` is {harness!r}: list names of tasks of lm-eval, or mappings of their fields.")
     sampling = {name: value for name, value in (sampling or {}).items() if value is not None}
     values["models"] = {
         name: from_mapping(ModelSpec, {"model": spec} if isinstance(spec, str) else spec, f"Model `{name}`")
         for name, spec in models.items()
     }
     values["tasks"] = tuple(load_task(task, tasks_folder, limit=limit, sampling=sampling) for task in tasks)
+    values["lm_eval"] = tuple(
+        from_mapping(
+            HarnessTask,
+            {**_harness_fields(task), **({} if limit is None else {"limit": limit})},
+            f"Task {task!r} of `lm_eval`",
+        )
+        for task in harness
+    )
     return from_mapping(EvaluationConfig, values, "The evaluation")
+
+
+def _harness_fields(source: str | dict[str, Any]) -> dict[str, Any]:
+    """The fields of a task, with a name, of what a list in YAML or on the command line holds."""
+    values = {"task": source} if isinstance(source, str) else dict(source)
+    if "name" not in values and isinstance(values.get("task"), str):
+        values["name"] = Path(values["task"]).stem if is_yaml(values["task"]) else values["task"]
+    return values
+
+
+def is_yaml(source: str) -> bool:
+    """
+    Whether a task of lm-eval is given as a file.
+
+    Args:
+        source (`str`):
+            Name or path.
+
+    Returns:
+        `bool`: Whether it is the path of a YAML file.
+    """
+    return Path(source).suffix in (".yaml", ".yml")

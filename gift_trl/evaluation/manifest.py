@@ -19,6 +19,7 @@ from gift_trl.annotation.provenance import (
 )
 from gift_trl.checkpoints import REPORT_FILE, checkpoint_folder
 from gift_trl.evaluation.config import EvaluationConfig, ModelSpec
+from gift_trl.evaluation.harness import has_cache
 from gift_trl.evaluation.parts import has_parts
 from gift_trl.evaluation.prompts import Renderer
 from gift_trl.evaluation.results import CONFIG_FILE, GENERATIONS_FILE, read_config, write_config
@@ -171,7 +172,9 @@ def _answered(folder: Path, known: dict[str, Any]) -> list[tuple[str, str]]:
         (model, task)
         for model in known["models"]
         for task in known["tasks"]
-        if (folder / model / task / GENERATIONS_FILE).is_file() or has_parts(folder / model / task)
+        if (folder / model / task / GENERATIONS_FILE).is_file()
+        or has_parts(folder / model / task)
+        or has_cache(folder / model / task)
     ]
 
 

@@ -19,6 +19,15 @@ from gift_trl.annotation.server_client import ServerClient
 from gift_trl.evaluation.config import EvaluationConfig, ModelSpec
 from gift_trl.evaluation.generation import Completion, Request, TransformersEngine, plan_batches
 from gift_trl.evaluation.grading import check_metric, grade
+from gift_trl.evaluation.harness import (
+    HarnessData,
+    HarnessRun,
+    describe_harness_task,
+    grade_harness,
+    load_harness_data,
+    remove_cache,
+    run_harness,
+)
 from gift_trl.evaluation.manifest import describe_model, describe_task, prepare_folder
 from gift_trl.evaluation.parts import PartWriter, join_parts, read_done, remove_parts
 from gift_trl.evaluation.prompts import Renderer, make_renderer
@@ -96,23 +105,37 @@ def evaluate(config: EvaluationConfig, data: Sequence[TaskData] | None = None) -
         `ValueError`, `OSError`: If something cannot be used; what was generated until then is kept.
     """
     state = PartialState(cpu=config.use_cpu)
+    if config.lm_eval and state.num_processes > 1:
+        raise ValueError(
+            f"The tasks of `lm_eval` run in one process, and there are {state.num_processes}: launch `gift-trl evaluate` without "
+            "accelerate (it spreads a model over the GPUs it sees), or evaluate them by themselves."
+        )
     for task in config.tasks:
         check_metric(task.metric, task.name)
     if data is None:
         with state.main_process_first():
             data = [load_task_data(task) for task in config.tasks]
+    harness = [load_harness_data(task) for task in config.lm_eval]
     models = [_reach(name, spec, config) for name, spec in config.models.items()]
     runs = {model.name: [_plan(model.renderer, one, config) for one in data] for model in models}
+    harness_runs = {
+        model.name: [
+            HarnessRun(one, model.renderer, Path(config.output_dir, model.name, one.task.name)) for one in harness
+        ]
+        for model in models
+    }
     with _locked(Path(config.output_dir)):
-        together(lambda: _prepare(config, data, models, runs) if state.is_main_process else None)
+        together(lambda: _prepare(config, data, models, runs, harness) if state.is_main_process else None)
         for model in models:
-            if not all(run.generated for run in runs[model.name]):
-                _generate_model(model, config, runs[model.name])
+            if not all(run.generated for run in (*runs[model.name], *harness_runs[model.name])):
+                _generate_model(model, config, runs[model.name], harness_runs[model.name])
         if not state.is_main_process:
             return None
         for model in models:
             for run in runs[model.name]:
                 _grade(model.name, run)
+            for run in harness_runs[model.name]:
+                _grade_harness(model.name, run)
     return load_results(config.output_dir)
 
 
@@ -136,6 +159,9 @@ def regrade(output_dir: str) -> Results:
             for name, task in results.config["tasks"].items():
                 folder = results.folder / model / name
                 if (folder / GENERATIONS_FILE).is_file():
+                    if "harness" in task:
+                        grade_harness(folder, task["metric"])
+                        continue
                     check_metric(task["metric"], name)
                     grade(folder, task["metric"], task["answer_pattern"], f"Grading {model}, {name}")
     return load_results(output_dir)
@@ -217,18 +243,24 @@ def _plan(renderer: Renderer, data: TaskData, config: EvaluationConfig) -> _Run:
 
 
 def _prepare(
-    config: EvaluationConfig, data: Sequence[TaskData], models: list[_Model], runs: dict[str, list[_Run]]
+    config: EvaluationConfig,
+    data: Sequence[TaskData],
+    models: list[_Model],
+    runs: dict[str, list[_Run]],
+    harness: list[HarnessData],
 ) -> None:
     entries = {
         model.name: describe_model(model.spec, model.renderer, config, model.server and model.server.identity)
         for model in models
     }
-    prepare_folder(Path(config.output_dir), config, entries, {one.task.name: describe_task(one) for one in data})
+    tasks = {one.task.name: describe_task(one) for one in data}
+    tasks |= {one.task.name: describe_harness_task(one) for one in harness}
+    prepare_folder(Path(config.output_dir), config, entries, tasks)
     for run in (run for several in runs.values() for run in several):
         write_lines(run.folder / SKIPPED_FILE, run.skipped)
 
 
-def _generate_model(model: _Model, config: EvaluationConfig, runs: list[_Run]) -> None:
+def _generate_model(model: _Model, config: EvaluationConfig, runs: list[_Run], harness_runs: list[HarnessRun]) -> None:
     stop_ids = model.renderer.stop_ids
     if model.server is not None:
         engine, tokens_per_batch = ServerEngine(model.server, stop_ids), 1  # it makes its own batches
@@ -237,6 +269,9 @@ def _generate_model(model: _Model, config: EvaluationConfig, runs: list[_Run]) -
     for run in runs:
         if not run.generated:
             _generate(model.name, engine, run, tokens_per_batch)
+    for harness_run in harness_runs:
+        if not harness_run.generated:
+            run_harness(engine.model, harness_run, config.seeds[0])
     del engine
     release_memory()
 
@@ -323,6 +358,13 @@ def _grade(model: str, run: _Run) -> None:
     if (run.folder / SUMMARY_FILE).is_file() and results.summary.metric == task.metric:
         return
     grade(run.folder, task.metric, task.answer_pattern, f"Grading {model}, {task.name}")
+
+
+def _grade_harness(model: str, run: HarnessRun) -> None:
+    remove_cache(run.folder)
+    results = TaskResults(model, run.data.task.name, run.folder)
+    if not (run.folder / SUMMARY_FILE).is_file() or results.summary.metric != run.data.metric:
+        grade_harness(run.folder, run.data.metric)
 
 
 @contextmanager

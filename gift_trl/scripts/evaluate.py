@@ -18,7 +18,7 @@ _EPILOG = """\
 example: %(prog)s --models instruct=Qwen/Qwen2.5-7B-Instruct gift=outputs/merged --tasks math500 --output_dir outputs/results
 """
 _SECTIONS = {
-    "what": "output_dir models tasks baseline seeds",
+    "what": "output_dir models tasks lm_eval baseline seeds",
     "every task": "limit n max_new_tokens temperature",
     "how": "engine dtype tokens_per_batch use_cpu overwrite grade_only",
     "server": "base_url concurrency timeout max_retries",
@@ -40,6 +40,9 @@ class EvaluateArguments:
             Models, as `NAME=MODEL`; in YAML a mapping of names to Hub ids, folders or the fields of a model.
         tasks (`list[str]`):
             Names of shipped tasks or paths of YAML files; in YAML also the fields of a task.
+        lm_eval (`list[str]`, *optional*):
+            Tasks of lm-eval, such as `mmlu`, or YAML files in its format; in YAML also the fields of a
+            [`~gift_trl.evaluation.harness.HarnessTask`].
         limit (`int`, *optional*):
             Number of rows of every task.
         n, max_new_tokens, temperature (*optional*):
@@ -57,6 +60,10 @@ class EvaluateArguments:
     )
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Names of shipped tasks or YAML files; in YAML also the fields of a task."}
+    )
+    lm_eval: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tasks of lm-eval, such as mmlu and ifeval; in YAML also mappings of their fields."},
     )
     baseline: str | None = field(
         default=None, metadata={"help": "Model that the others are compared with; the first by default."}
@@ -152,7 +159,7 @@ def config_of(arguments: EvaluateArguments) -> "EvaluationConfig":
     from gift_trl.scripts.recipes import recipes_folder
 
     values: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in _OWN}
-    for name in ("seeds", "tasks"):
+    for name in ("seeds", "tasks", "lm_eval"):
         if values[name] is not None and not isinstance(values[name], list):
             values[name] = [values[name]]
     if isinstance(values["models"], list):
