@@ -120,6 +120,8 @@ class Pipeline:
                     new |= self._paths() - before
                 self._must_succeed(life, f"{name}, {stage}", 300.0)
                 result = self._result(stage)
+                if name != "interpreters" and stage in ("annotate", "train") and len(self._notes(stage)) != RANKS:
+                    raise Broken(f"{stage} has not run in {RANKS} processes: {self._notes(stage)}")
                 if known.result:
                     compare(f"{stage} ({name})", result, known.result)
                 known.result, known.requests = result, list(self.server.requests)
@@ -288,12 +290,15 @@ class Pipeline:
 
     def _check_ranks(self, stage: str) -> None:
         """Who took part must have been among several processes; who was killed after the work was done has left no note."""
-        module = "annotate" if stage == "annotate" else "train"
-        found = [json.loads(path.read_text()) for path in self.folder.glob(f"{module}-rank*.json")]
+        found = self._notes(stage)
         kinds = {"MULTI_CPU"} if self.accelerate_config == "ddp" else {"DEEPSPEED"}
         kinds |= {"MULTI_CPU"} if stage == "annotate" else set()
         if any(rank["num_processes"] != RANKS or rank["distributed_type"] not in kinds for rank in found):
             raise Broken(f"{stage} has run in these processes: {found}")
+
+    def _notes(self, stage: str) -> list[dict]:
+        module = "annotate" if stage == "annotate" else "train"
+        return [json.loads(path.read_text()) for path in self.folder.glob(f"{module}-rank*.json")]
 
     def _open(self, name: str) -> Path:
         self.folder = self.disk.folder / name
