@@ -618,6 +618,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.rfile.read(size)
+        if len(body) < size:  # of a client that was killed: half a commit is none
+            self.close_connection = True
+            return
         if fault is not None and fault.how == "none" and fault.action is not None:
             fault.action()
         request = _Request(self.command, url.path, parse_qs(url.query), self.headers, body, None)
