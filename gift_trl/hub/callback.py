@@ -227,10 +227,14 @@ class MergeAndPushCallback(StageCallback):
         for step in steps:
             checkpoint = Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             message = _commit_message(step, state)
+            # Merged first: a push may have to wait for those before it. Without the checkpoint, what was merged of it may
+            # still have to be pushed.
+            has_merged = self.merge_at_every_checkpoint and (
+                not checkpoint.is_dir() or self._try_merge(checkpoint, step)
+            )
             if self._adapter_id is not None and self._pushes_saves and step == state.global_step:
                 self._try(f"The adapter of step {step} is not pushed", self._push_saved_adapter, checkpoint, message)
-            # Without the checkpoint, what was merged of it may still have to be pushed
-            if self.merge_at_every_checkpoint and (not checkpoint.is_dir() or self._try_merge(checkpoint, step)):
+            if has_merged:
                 self._push_merged(message, step)
         self._try("Old merged models are not deleted", self._delete_old)
 
@@ -249,9 +253,9 @@ class MergeAndPushCallback(StageCallback):
         """Merges and pushes the trained adapter, waits for all pushes, and says how it went."""
         adapter, message = Path(self._args.output_dir), _commit_message(state.global_step, state)
         print(f"The adapter is in {adapter}")
+        is_merged = self.merge_output_dir is not None and self._try_merge(adapter)
         if self._adapter_id is not None:
             self._uploads.add(self._adapter_upload(adapter, message))
-        is_merged = self.merge_output_dir is not None and self._try_merge(adapter)
         if is_merged:
             self._push_merged(message)
         self._wait_for_uploads()

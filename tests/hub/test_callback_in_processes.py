@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,43 @@ def test_two_processes(server, client, recipe, pair, tmp_path, config, outcome):
     assert torch.equal(client(logits_of, client(download, merged_id)), client(logits_of, tmp_path / "merged"))
     with_adapter = client(logits_of, pair[1], client(download, adapter_id))
     assert torch.allclose(with_adapter, client(logits_of, tmp_path / "merged"), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_pushes(server, client, recipe, tmp_path):
+    adapter_id, merged_id = "user/adapter-killed", "user/merged-killed"
+    settings = {"push_to_hub": True, "hub_model_id": adapter_id, "hub_merged_model_id": merged_id, "max_steps": 2}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True, "merge_at_every_checkpoint": True}
+    config = recipe(**settings, resume_from_checkpoint="auto")
+    # The commit is made, and its answer never comes
+    server.fail(f"POST /api/models/{merged_id}/commit/step-000001", "stall", applied=True)
+    server.requests.clear()
+    environment = server.environment(tmp_path / "home") | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, "-m", "gift_trl.scripts.train", "--config", config]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command_line, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 300
+        # The local work is done by then, and two more pushes wait
+        while not ((tmp_path / "merged" / "config.json").exists() and any(map(is_stalled, server.requests))):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+    merged = server.repositories["model", merged_id]
+    made = merged.branches["step-000001"]
+    weights = {path: path.stat().st_ino for path in tmp_path.glob("merged*/model.safetensors")}
+    assert client(command, "train", "--config", config, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[
+        -3000:
+    ]
+    assert merged.branches.keys() == {"main", "step-000001", "step-000002"} and merged.branches["step-000001"] is made
+    # The one with which it was created, and one for each branch
+    assert len(merged.commits) == 4
+    assert weights == {path: path.stat().st_ino for path in tmp_path.glob("merged*/model.safetensors")}
+    for repo_id, folder in ((adapter_id, tmp_path / "adapter"), (merged_id, tmp_path / "merged")):
+        local = {file.name: file.path.read_bytes() for file in list_model_files(folder)[0]}
+        assert server.files("model", repo_id) == local | {".gitattributes": b""}
+    assert not list(tmp_path.glob(".*"))
+
+
+def is_stalled(request: str) -> bool:
+    return request.endswith("/merged-killed/commit/step-000001")
