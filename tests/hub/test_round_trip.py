@@ -13,7 +13,7 @@ from hub_server import HubServer, client_process
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gift_trl.scripts import annotate, evaluate, merge, push, report, train
+from gift_trl.scripts import annotate, evaluate, make_pair, merge, push, recipe, report, sweep, train
 from gift_trl.scripts.cli import run
 
 
@@ -23,9 +23,12 @@ IDS = [[1, 20, 30, 40], [1, 7, 300, 2]]
 COMMANDS = {
     "annotate": annotate,
     "evaluate": evaluate,
+    "make-pair": make_pair,
     "merge": merge,
     "push": push,
+    "recipe": recipe,
     "report": report,
+    "sweep": sweep,
     "train": train,
 }
 
@@ -118,6 +121,14 @@ def finished(server, client, work, pair, conversations) -> Path:
     client(
         run_command, "report", str(work / "results"), "--output", str(work / "report"), "--card", f"merged={merged}"
     )
+    conversations.to_json(work / "rows.jsonl")
+    rows_file = ("--dataset", str(work / "rows.jsonl"))
+    client(run_command, "sweep", *adapter[:4], *rows_file, "--scales", "1", "--output_dir", str(work / "sweep"))
+    Dataset.from_list(rows).to_json(work / "texts.jsonl")
+    texts = ("--dataset", str(work / "texts.jsonl"), "--text_columns", "question", "answer")
+    client(run_command, "make-pair", *texts, "--output_dir", str(work / "pair"), "--hidden_size", "32")
+    written = ("--output", str(work / "written.yaml"))
+    client(run_command, "recipe", "--base", "user/base", "--instruct", "user/instruct", *rows_file, *written)
     client(run_command, "push", str(work / "adapter"), "--repo_id", "user/adapter", "--private")
     client(run_command, "push", merged, "--repo_id", "user/merged", "--tag", "v1")
     return work
