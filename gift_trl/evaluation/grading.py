@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.logging import get_logger
 from datasets.utils import tqdm
 from huggingface_hub.utils import chunk_iterable
 
@@ -27,9 +28,13 @@ from gift_trl.evaluation.statistics import Interval, average_at_n, bootstrap_int
 from gift_trl.evaluation.tasks import find_answer
 
 
+logger = get_logger(__name__)
+
 # Answers graded between two steps of the progress bar
 _BATCH = 256
 _CHOICES = "choices"
+# Answers that a warning names
+_LISTED = 5
 
 
 def check_metric(metric: dict[str, Any], task: str) -> None:
@@ -83,16 +88,28 @@ def grade(folder: Path, metric: dict[str, Any], answer_pattern: str | None, desc
             lengths.setdefault(generation.problem, []).append((tokens, generation.finish_reason))
             yield generation
 
-    grades = grade_generations(generations(), metric, answer_pattern, description)
+    unchecked: list[tuple[int, int]] = []
+    grades = grade_generations(generations(), metric, answer_pattern, description, unchecked)
     skipped = list(read_lines(folder / SKIPPED_FILE, Skip))
-    summary = summarize(grades, lengths, metric, skipped)
+    if unchecked:
+        places = ", ".join(f"problem {problem}, sample {sample}" for problem, sample in unchecked[:_LISTED])
+        logger.warning(
+            f"{len(unchecked)} answers in '{folder.name}' took too long to check and count as wrong: {places}"
+            f"{', …' if len(unchecked) > _LISTED else ''}. With `metric: {{name: {metric['name']}, time_limit: SECONDS}}` they get "
+            "more time."
+        )
+    summary = summarize(grades, lengths, metric, skipped, len(unchecked))
     write_lines(folder / GRADES_FILE, grades)
     write_json(folder / SUMMARY_FILE, summary.to_dict())
     return summary
 
 
 def grade_generations(
-    generations: Iterator[Generation], metric: dict[str, Any], answer_pattern: str | None, description: str = "Grading"
+    generations: Iterator[Generation],
+    metric: dict[str, Any],
+    answer_pattern: str | None,
+    description: str = "Grading",
+    unchecked: list[tuple[int, int]] | None = None,
 ) -> list[Grade]:
     """
     Grades answers.
@@ -102,6 +119,8 @@ def grade_generations(
             The answers.
         metric, answer_pattern, description:
             As in [`grade`].
+        unchecked (`list[tuple[int, int]]`, *optional*):
+            Is given problem and sample of each answer whose check was cut off.
 
     Returns:
         `list[Grade]`: The grades in the same order.
@@ -123,6 +142,10 @@ def grade_generations(
                     **({_CHOICES: choices} if name == "multiple_choice_accuracy" and all(choices) else {}),
                 )
                 results = zip(computed["scores"], computed["answers"], strict=True)
+                if unchecked is not None and "cut_off" in computed:
+                    unchecked += [
+                        (g.problem, g.sample) for (g, _), cut in zip(asked, computed["cut_off"], strict=True) if cut
+                    ]
             for generation, text in zip(batch, texts, strict=True):
                 score, answer = (0.0, None) if text is None else next(results)
                 grades.append(Grade(generation.problem, generation.sample, float(score), answer))
@@ -135,6 +158,7 @@ def summarize(
     lengths: dict[int, list[tuple[int | None, str | None]]],
     metric: dict[str, Any],
     skipped: list[Skip],
+    unchecked: int = 0,
 ) -> Summary:
     """
     Makes the figures.
@@ -148,6 +172,8 @@ def summarize(
             `name` of the metric, and its options.
         skipped (`list[Skip]`):
             What was left out.
+        unchecked (`int`, *optional*, defaults to `0`):
+            Number of answers whose check was cut off.
 
     Returns:
         [`Summary`]: The figures.
@@ -183,6 +209,7 @@ def summarize(
         never_stopped=sum("stop" not in row for row in reasons) / len(reasons) if known else None,
         mean_tokens=sum(tokens) / len(tokens) if tokens else None,
         skipped=tuple(skipped),
+        unchecked=unchecked,
     )
 
 

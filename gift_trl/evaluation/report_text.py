@@ -108,8 +108,19 @@ def describe_warnings(comparison: Comparison) -> list[str]:
     return [
         *_describe_lost_ends(comparison),
         *_describe_truncation(comparison),
+        *_describe_unchecked(comparison),
         *_describe_unlike_runs(comparison),
         *_describe_missing(comparison),
+    ]
+
+
+def _describe_unchecked(comparison: Comparison) -> list[str]:
+    """Answers of which nobody knows whether they are right."""
+    counts = {pair: run.summary.unchecked for pair, run in comparison.runs.items() if run.summary.unchecked}
+    return [
+        f"{count:,} answers of {model} to {task} took too long to check and count as wrong. `gift-trl evaluate` with a higher "
+        "`time_limit` of the metric checks all again, and generates nothing."
+        for (model, task), count in counts.items()
     ]
 
 

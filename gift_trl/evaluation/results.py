@@ -144,6 +144,8 @@ class Summary:
             Mean number of generated tokens.
         skipped (`tuple[Skip, ...]`):
             What was left out, and why.
+        unchecked (`int`):
+            Number of answers whose check took too long. They count as wrong.
     """
 
     metric: dict[str, Any]
@@ -156,6 +158,7 @@ class Summary:
     never_stopped: float | None = None
     mean_tokens: float | None = None
     skipped: tuple[Skip, ...] = ()
+    unchecked: int = 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Summary":

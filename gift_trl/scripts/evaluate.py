@@ -222,6 +222,8 @@ def _notes(model: str, task: str, run: Any) -> list[str]:
             f"{model}, {task}: {summary.truncated:.1%} of the answers were cut off; {summary.never_stopped:.1%} of the problems "
             "have none that ended by itself"
         )
+    if summary.unchecked:
+        notes.append(f"{model}, {task}: {summary.unchecked} answers took too long to check and count as wrong")
     if summary.skipped:
         first = summary.skipped[0]
         notes.append(

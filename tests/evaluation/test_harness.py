@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gift_trl.evaluation.comparison import compare_results
 from gift_trl.evaluation.config import HarnessTask, make_config
+from gift_trl.evaluation.report import write_evaluation_report
 from gift_trl.evaluation.run import evaluate, regrade
 
 
@@ -139,6 +140,8 @@ def test_answers_and_scores_of_every_problem_are_kept(harness, sums, pair, tmp_p
     difference = compare_results([results.folder]).differences["base", "colour_choices"].interval
     other = results.runs["base", "colour_choices"].summary.average.mean
     assert difference.mean == pytest.approx(other - summary.average.mean)
+    write_evaluation_report([results.folder], tmp_path / "report")
+    assert "colour_choices" in (tmp_path / "report" / "report.md").read_text()
     assert str(tmp_path) not in (results.folder / "evaluation.yaml").read_text()
     assert not list(results.folder.rglob("*cache*"))
 

@@ -17,9 +17,12 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from gift_trl.evaluation import run
+from gift_trl.evaluation.comparison import compare_results
 from gift_trl.evaluation.generation import TransformersEngine
+from gift_trl.evaluation.report_text import describe_warnings
 from gift_trl.evaluation.results import load_results
 from gift_trl.evaluation.run import evaluate, regrade
+from gift_trl.scripts.evaluate import describe_results
 
 
 # `timing.json` holds seconds; everything else is the same in every run
@@ -167,6 +170,33 @@ def test_a_run_that_fails_goes_on_where_it_was(configure, tmp_path, monkeypatch,
     # Only the batch of a torn line is made again, and its whole lines are not written twice
     assert len(set(repeated) & set(done)) <= 3 * bool(torn)
     assert contents(Path(config.output_dir)) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("run", "join_parts"),  # every answer is in the parts
+        ("parts", "remove_parts"),  # joined, and the parts still there
+        ("grading", "write_lines"),  # joined, without grades
+        ("grading", "write_json"),  # grades without figures
+        ("run", "_prepare"),  # nothing but the lock
+    ],
+)
+def test_a_run_that_ends_between_two_files_goes_on(configure, tmp_path, monkeypatch, counted, module, name):
+    expected = contents(evaluate(configure(output_dir=str(tmp_path / "whole"))).folder)
+    number = len(counted)
+    config = configure()
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"gift_trl.evaluation.{module}.{name}", fail)
+        evaluate(config)
+    assert load_results(config.output_dir).missing if name != "_prepare" else True
+    evaluate(config)
+    assert contents(Path(config.output_dir)) == expected
+    assert len(counted) == 2 * number, "an answer was lost, or made twice"
 
 
 @pytest.mark.slow
@@ -322,6 +352,22 @@ def test_an_answer_of_100_megabytes(configure):
     started = time.monotonic()
     assert regrade(str(results.folder)).runs["instruct", "sums"].summary.num_problems == 6
     assert time.monotonic() - started < 60
+
+
+def test_an_answer_that_hangs_the_checker_is_counted_and_named(configure, sums, caplog):
+    results = evaluate(configure())
+    path = results.folder / "instruct" / "sums" / "generations.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    hanging = {**json.loads(lines[1]), "text": r"\boxed{(x+1)^{100000000}}", "reference": "x"}
+    path.write_text(lines[0] + json.dumps(hanging) + "\n" + "".join(lines[2:]))
+    results = evaluate(configure(tasks=[{**sums, "metric": {"name": "math_accuracy", "time_limit": 0.5}}]))
+    run = results.runs["instruct", "sums"]
+    assert run.summary.unchecked == 1 and run.grades[1].score == 0.0 and run.summary.num_problems == 6
+    assert "1 answers in 'sums' took too long to check and count as wrong: problem 0, sample 1" in caplog.text
+    assert "instruct, sums: 1 answers took too long to check and count as wrong" in describe_results(results)
+    assert "1 answers of instruct to sums took too long to check" in " ".join(
+        describe_warnings(compare_results([results.folder]))
+    )
 
 
 def test_a_damaged_part_is_named(configure):

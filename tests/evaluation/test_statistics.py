@@ -1,11 +1,13 @@
 import tracemalloc
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 from math import comb
 
 import numpy as np
 import pytest
 
+from gift_trl.evaluation.grading import summarize
+from gift_trl.evaluation.results import Grade, Skip, Summary
 from gift_trl.evaluation.statistics import (
     average_at_n,
     bootstrap_interval,
@@ -85,6 +87,50 @@ def test_bootstrap_interval_of_a_share():
     narrow = bootstrap_interval([0.0, 1.0] * 200, confidence=0.5)
     assert interval.low < narrow.low < 0.5 < narrow.high < interval.high
     assert bootstrap_interval([0.25] * 10) == (0.25, 0.25, 0.25)
+
+
+def test_bootstrap_intervals_are_those_of_all_resamples():
+    """Of five problems there are 3,125 equally likely draws, so that the interval can be counted out."""
+    a, b = np.array([1.0, 0.0, 0.5, 1.0, 0.25]), np.array([0.0, 0.0, 1.0, 0.75, 0.25])
+    draws = np.array(list(product(range(5), repeat=5)))
+    for found, values in (
+        (bootstrap_interval(a, samples=200_000), a),
+        (paired_difference(a, b, samples=200_000), a - b),
+    ):
+        exact = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+        assert found.mean == values.mean()
+        # Means are multiples of 1/20, and a quantile that falls on a step may come out on either side of it
+        np.testing.assert_allclose([found.low, found.high], exact, atol=0.05 + 1e-12)
+    # What two models have in common cancels: the same draw is taken for both
+    shift = paired_difference(a + 1, a)
+    assert shift == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_a_summary_is_what_brute_force_gives():
+    rng = np.random.default_rng(1)
+    scores = {problem: rng.integers(2, size=4) for problem in (3, 5, 8)}
+    answers = {p: ["r" if score else str(rng.integers(2)) for score in row] for p, row in scores.items()}
+    answers[5][0] = None if not scores[5][0] else "r"
+    grades = [Grade(p, s, float(scores[p][s]), answers[p][s]) for p in scores for s in range(4)]
+    lengths = {p: [(10 * p + s, "length" if p == 5 or s == 0 else "stop") for s in range(4)] for p in scores}
+    summary = summarize(grades, lengths, {"name": "math_accuracy"}, [Skip(1, "none")], unchecked=2)
+    everything = np.array(list(scores.values()))
+    assert summary.average.mean == pytest.approx(everything.mean())
+    for k in (1, 2, 4):
+        subsets = [row[list(chosen)].any() for row in everything for chosen in combinations(range(4), k)]
+        assert summary.pass_at_k[k].mean == pytest.approx(np.mean(subsets))
+    expected = []
+    for p in scores:
+        votes = {answer: answers[p].count(answer) for answer in answers[p] if answer is not None}
+        best = [answer for answer, count in votes.items() if count == max(votes.values())]
+        expected.append(sum(answer == "r" for answer in best) / len(best))
+    assert summary.majority.mean == pytest.approx(np.mean(expected))
+    assert (summary.truncated, summary.never_stopped) == (6 / 12, 1 / 3)
+    assert summary.mean_tokens == pytest.approx(np.mean([count for row in lengths.values() for count, _ in row]))
+    assert (summary.num_problems, summary.num_samples, summary.unchecked) == (3, 4, 2)
+    assert Summary.from_dict(summary.to_dict()) == summary
+    with pytest.raises(ValueError, match="not equally many answers"):
+        summarize(grades[:-1], lengths, {"name": "math_accuracy"}, [])
 
 
 def test_bootstrap_interval_covers():

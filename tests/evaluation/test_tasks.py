@@ -185,6 +185,9 @@ def test_splits(tmp_path, sums):
     assert [problem.reference for problem in load_task_data(load_task(sums)).problems] == ["y"]
     with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\], and no split `dev`"):
         load_task_data(load_task({**sums, "split": "dev"}))
+    DatasetDict({"train": rows, "test": rows.select([])}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"empty` cannot be read, or holds no rows: .*Check the data"):
+        load_task_data(load_task({**sums, "dataset": str(tmp_path / "empty")}))
 
 
 @pytest.mark.parametrize(

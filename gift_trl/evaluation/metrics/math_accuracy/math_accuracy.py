@@ -40,7 +40,7 @@ Args:
 Returns:
     `dict`: `"math_accuracy"`, the mean; `"scores"`, 0.0 or 1.0 for each pair; `"answers"`, each prediction's answer written
     so that equal answers are equal strings, as far as sympy tells, or `None`; `"unanswered"`, the number of predictions
-    without an answer; `"timeouts"`, that of checks that were cut off.
+    without an answer; `"timeouts"`, that of checks that were cut off; `"cut_off"`, whether a pair's was.
 """
 
 
@@ -79,10 +79,10 @@ class MathAccuracy(TextPairs, evaluate.Metric):
         hard = [pair for pair, result in results.items() if result is None]
         if hard:
             results.update(zip(hard, compare_pairs(hard, time_limit, num_processes), strict=True))
-        scores, answers, timeouts = [], [], 0
+        scores, answers, cut_off = [], [], []
         for pair in zip(right, given, strict=True):
             correct, answer = results.get(pair) or (False, None)
-            timeouts += pair in results and results[pair] is None
+            cut_off.append(pair in results and results[pair] is None)
             scores.append(float(correct))
             # All right answers are one, that of the reference
             answers.append(_as_written(pair[0]) if correct else answer or (pair[1] and _as_written(pair[1])))
@@ -91,7 +91,8 @@ class MathAccuracy(TextPairs, evaluate.Metric):
             "scores": scores,
             "answers": answers,
             "unanswered": given.count(None),
-            "timeouts": timeouts,
+            "timeouts": sum(cut_off),
+            "cut_off": cut_off,
         }
 
 
