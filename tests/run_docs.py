@@ -5,8 +5,8 @@ Runs the commands of pages one after the other, as they stand there, and prints 
 
 Each page starts in a new folder that holds what a reader has at that point, and talks to a Hub on the loopback interface
 (`tests/hub_server.py`), on which small models and a few rows of data have the names that the pages use. `--use_cpu` and, for
-evaluations, `--limit` and `--max_new_tokens` are added. What needs several GPUs, an environment of its own or longer than a
-minute is parsed.
+evaluations, `--limit` and `--max_new_tokens` are added. What needs several GPUs, an environment of its own, the data of
+lm-eval, or longer than a minute is parsed.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def run_command(command: Command) -> Outcome:
     outcome = Outcome(command.page, command.line, text, None, "parsed")
     if text in LEFT_OUT:
         outcome.how = LEFT_OUT[text]
-    elif command.argv[0] != "gift-trl" or "--accelerate_config" in command.argv:
+    elif command.argv[0] != "gift-trl" or {"--accelerate_config", "--lm_eval"} & {*command.argv}:
         check(command)
     elif command.argv[1] in ELSEWHERE:
         check(command)

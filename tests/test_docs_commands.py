@@ -65,6 +65,12 @@ def test_python_calls_what_exists(block):
     check_python(block.text)
 
 
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=lambda b: f"{b.page}:{b.line}")
+def test_fields_of_recipes_exist(block):
+    fields = {option.removeprefix("--") for name in ("train", "evaluate", "merge") for option in options_of(name)}
+    assert set(yaml.safe_load(block.text)) - fields == set()
+
+
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "diff"], ids=lambda b: f"{b.page}:{b.line}")
 def test_both_sides_of_a_change_are_valid(block):
     before, after = changed(block)

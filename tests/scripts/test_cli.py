@@ -40,7 +40,7 @@ def test_help_of_every_command(name, capsys):
     assert text.startswith(f"usage: gift-trl {name}")
     # What it does and how it is called, within a few screens
     assert "example" in text
-    assert text.count("\n") < 190
+    assert text.count("\n") < 200  # the help of inherited fields differs from version to version
 
 
 def test_every_field_is_reachable_by_help_all(capsys):
