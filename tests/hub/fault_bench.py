@@ -20,8 +20,8 @@ from hub_server import HubServer, client_process
 
 TOKEN = "hf_canaryThatMustBeReadNowhere"
 REPOSITORY, BRANCH = "user/model", "step-000100"
-# Seconds after which a request that does not move is given up
-STALLED_AFTER = 0.25
+# Seconds after which a request that does not move is given up: where one is to stall, and elsewhere
+STALLED_AFTER, TIME_LIMIT = 0.25, 30.0
 # Seconds that a push may wait at a time
 LONGEST_WAIT = 600
 
@@ -83,7 +83,7 @@ class Outcome:
         return "killed; the command again completes" if self.case.killed else "message; its command completes"
 
 
-def run_push(arguments: list[str], folder: Path, log: Path, pid_file: Path) -> dict[str, Any]:
+def run_push(arguments: list[str], log: Path, pid_file: Path, time_limit: float) -> dict[str, Any]:
     """Runs `gift-trl push` in a fork of this process: imports cost more than the push."""
     from tqdm import tqdm
 
@@ -104,7 +104,7 @@ def run_push(arguments: list[str], folder: Path, log: Path, pid_file: Path) -> d
             )  # its own is shared by all forks, and never released by one that is killed
             time.sleep = lambda seconds: (waits.append(seconds), sleep(min(seconds, 0.001)))
             repositories.RETRY_WAITS = (1, 2)
-            repositories.TIME_LIMITS = dict.fromkeys(repositories.TIME_LIMITS, STALLED_AFTER)
+            repositories.TIME_LIMITS = dict.fromkeys(repositories.TIME_LIMITS, time_limit)
             pid_file.write_text(str(os.getpid()))
             try:
                 run(main, arguments)
@@ -184,9 +184,9 @@ class Bench:
     def __exit__(self, *exc_info: Any) -> None:
         self.stack.close()
 
-    def push(self, folder: Path, *options: str) -> dict[str, Any]:
+    def push(self, folder: Path, *options: str, time_limit: float = TIME_LIMIT) -> dict[str, Any]:
         arguments = [str(folder), "--repo_id", REPOSITORY, *options]
-        return self.call(run_push, arguments, folder, self.root / "output.txt", self.pid_file)
+        return self.call(run_push, arguments, self.root / "output.txt", self.pid_file, time_limit)
 
     def run(self, case: Case) -> Outcome:
         """Runs a case."""
@@ -198,7 +198,8 @@ class Bench:
         before = contents(self.folder)
         self.hub.requests.clear()
         stop = case.arm(self.hub, self.pid_file)
-        found = self.push(self.folder, *options)
+        limit = STALLED_AFTER if case.fault.startswith("stalled") else TIME_LIMIT
+        found = self.push(self.folder, *options, time_limit=limit)
         if stop is not None:
             stop()
         hit = not self.hub.faults or any(fault.hits for fault in self.hub.faults)
