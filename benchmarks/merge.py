@@ -3,10 +3,12 @@ Merges a LoRA adapter into a generated checkpoint in four ways, and measures CPU
 
     python benchmarks/merge.py --mergekit-python ENVIRONMENT/bin/python
     python benchmarks/merge.py --adapter-types all
+    python benchmarks/merge.py --methods gift_trl before cp --before OTHER_CHECKOUT
 
 - **peft**: the usual script: load the model, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`.
 - **mergekit**: `mergekit-yaml` with `model: INSTRUCT+ADAPTER`, in an environment of its own.
 - **gift_trl**: `merge_adapter`.
+- **before**: `merge_adapter` of another checkout of this repository (`--before`).
 - **cp**: `cp -r` of the checkpoint: what has to be read and written at least.
 
 Each run is a process of its own; rounds are interleaved, and medians taken. CPU seconds are user and system time of the
@@ -84,6 +86,7 @@ _IMPORTS = {
     "peft": f"import torch; from peft import PeftModel{_MODEL}",
     "gift_trl": f"from gift_trl.merging import merge_adapter{_MODEL}",
     "gift_trl dora": f"from gift_trl.merging import merge_adapter{_MODEL}",
+    "before": f"from gift_trl.merging import merge_adapter{_MODEL}",
     "mergekit": f"from mergekit.scripts.run_yaml import main{_MODEL}",
     "cp": "",
 }
@@ -93,6 +96,7 @@ _MERGES = {
         PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained({output!r})
     """,
     "gift_trl": "merge_adapter({adapter!r}, {instruct!r}, {output!r})",
+    "before": "merge_adapter({adapter!r}, {instruct!r}, {output!r})",
     "gift_trl dora": "merge_adapter({adapter!r} + '-dora', {instruct!r}, {output!r})",
     "mergekit": """
         import sys
@@ -162,13 +166,15 @@ class _Watch(threading.Thread):
         while True:
             try:
                 text = self.status.read_text()
-                self.peak = max(self.peak, int(text.split("RssAnon:")[1].split()[0]))
-            except (OSError, IndexError):
+            except OSError:  # it is gone
                 return
+            # Not said while the process becomes another program, nor when it has ended and is not yet gone
+            if "RssAnon:" in text:
+                self.peak = max(self.peak, int(text.split("RssAnon:")[1].split()[0]))
             time.sleep(0.002)
 
 
-def run(python: str, code: str, threads: int) -> dict[str, float]:
+def run(python: str, code: str, threads: int, checkout: str | Path | None = None) -> dict[str, float]:
     """
     Runs code in a process of its own.
 
@@ -179,13 +185,16 @@ def run(python: str, code: str, threads: int) -> dict[str, float]:
             Code.
         threads (`int`):
             CPU threads it may use.
+        checkout (`str` or `Path`, *optional*):
+            Where `gift_trl` is imported from. Defaults to this repository.
 
     Returns:
         `dict[str, float]`: CPU and wall seconds, and the peak of anonymous memory in MB.
     """
     # What `gift_trl` is imported from here, other environments need not have
-    path = str(Path(__file__).parents[1]) if python == sys.executable else ""
+    path = str(checkout or Path(__file__).parents[1]) if python == sys.executable else ""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    environment["PYTHONSAFEPATH"] = "1"  # or the folder it runs in would come before
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     process = subprocess.Popen([python, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     watch = _Watch(process.pid)
@@ -223,6 +232,10 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.mergekit_python:
         pythons["mergekit"] = args.mergekit_python
     pythons["gift_trl dora"] = sys.executable
+    if args.before:
+        pythons["before"] = sys.executable
+    if args.methods:
+        pythons = {name: pythons[name] for name in args.methods}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
     imports: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
     written: dict[str, dict[str, str]] = {}
@@ -230,8 +243,9 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for name, python in pythons.items():
             output = folder / f"out-{name.replace(' ', '-')}"
             code = textwrap.dedent(_MERGES[name]).format(**places, output=str(output))
-            imports[name].append(run(python, _IMPORTS[name] or "pass", args.threads))
-            runs[name].append(run(python, f"{_IMPORTS[name]}\n{code}", args.threads))
+            checkout = args.before if name == "before" else None
+            imports[name].append(run(python, _IMPORTS[name] or "pass", args.threads, checkout))
+            runs[name].append(run(python, f"{_IMPORTS[name]}\n{code}", args.threads, checkout))
             if number == 0 and name not in ("cp", "gift_trl dora"):
                 written[name] = digests(output)
             shutil.rmtree(output)
@@ -247,7 +261,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "rounds": runs[name],
             "import_rounds": imports[name],
         }
-        if name in written and name != "gift_trl":
+        if name in written and "gift_trl" in written and name != "gift_trl":
             other, ours = written[name], written["gift_trl"]
             # Saved anew, a tied output layer may be written once more
             methods[name]["tensors_equal_to_gift_trl"] = sum(other.get(key) == value for key, value in ours.items())
@@ -348,6 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="Rounds, each of which runs every method once.")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
     parser.add_argument("--mergekit-python", help="Interpreter of an environment with mergekit; left out without.")
+    parser.add_argument("--before", help="Another checkout of this repository, whose merge is measured as `before`.")
+    parser.add_argument("--methods", nargs="+", choices=_MERGES, help="Only these methods, gift_trl among them.")
     parser.add_argument("--work-dir", help="Where to make the checkpoints: about five times the size of one.")
     parser.add_argument(
         "--adapter-types",
@@ -357,6 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", help="Result file; default: results/merge-cpu.json or results/merge-memory.json.")
     args = parser.parse_args(arguments)
+    needed = {"before": args.before, "mergekit": args.mergekit_python}
+    if missing := [name for name in args.methods or () if name in needed and not needed[name]]:
+        parser.error(f"{' and '.join(missing)}: name the checkout (--before) or the interpreter (--mergekit-python)")
+    if args.methods and "gift_trl" not in args.methods:
+        parser.error("--methods: gift_trl has to be among them, the others are compared with it")
     if args.adapter_types and "all" in args.adapter_types:
         args.adapter_types = list(ADAPTER_TYPES)
     with tempfile.TemporaryDirectory(prefix="merge_benchmark_", dir=args.work_dir) as name:
