@@ -155,7 +155,7 @@ def evaluation_of(model: dict[str, Any], task: str) -> str:
         f"# The models of {model['title']} for {read('tasks.yaml')[task]['title']}, against the instruct model. Leave out what you have not made.",
         "#",
         f"#   gift-trl evaluate --config recipes/{model['name']}/{task}_evaluation.yaml",
-        f"#   gift-trl report {output}/results",
+        f"#   gift-trl report {output}/results --output {output}/report",
         "",
         f"output_dir: {output}/results",
         "baseline: instruct",
@@ -188,7 +188,7 @@ def commands_of(model: dict[str, Any], task: str) -> str:
         lines += [f"  {' '.join(names)} \\", f"  {options}"]
     lines += [
         f"gift-trl evaluate --config recipes/{model['name']}/{task}_evaluation.yaml",
-        f"gift-trl report {output}/results",
+        f"gift-trl report {output}/results --output {output}/report",
     ]
     return "\n".join(lines)
 
@@ -259,8 +259,14 @@ RE-Adapt and LoRE-Adapt the factors are ours; on validation data, `gift-trl swee
 {medical}
 ```
 
-The report puts the paper's numbers beside these where it has any of this pair. General ability (MMLU, IFEval) is measured
-with lm-eval, as [recipes/evaluation](../evaluation) says.
+### Summaries
+
+```bash
+{summaries}
+```
+
+The report puts the paper's numbers beside these where it has any of this pair, and those of its summaries, whose pair is not
+known here, beside any. General ability (MMLU, IFEval) is measured with lm-eval, as [recipes/evaluation](../evaluation) says.
 """
 
 QLORA = """
@@ -306,6 +312,7 @@ def readme_of(model: dict[str, Any], skeleton: PreTrainedModel) -> str:
         qlora=qlora,
         math=commands_of(model, "math"),
         medical=commands_of(model, "medical"),
+        summaries=commands_of(model, "summaries"),
     )
 
 
@@ -316,8 +323,7 @@ def generate() -> dict[str, str]:
         skeleton = make_skeleton(model)
         for task, facts in read("tasks.yaml").items():
             files[f"{name}/{task}.yaml"] = recipe_of(model, task, skeleton)
-            if facts["evaluation"]:
-                files[f"{name}/{task}_evaluation.yaml"] = evaluation_of(model, task)
+            files[f"{name}/{task}_evaluation.yaml"] = evaluation_of(model, task)
         if offers_qlora(model):
             files[f"{name}/math_qlora.yaml"] = recipe_of(model, "math", skeleton, qlora=True)
         files[f"{name}/README.md"] = readme_of(model, skeleton)

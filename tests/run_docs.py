@@ -212,6 +212,11 @@ def published_data() -> dict[str, dict[str, str]]:
     for name, (row, _, _) in ROWS.items():
         task = load_task(name, recipes_folder() / "evaluation")
         rows = [{**row, **({"exp": "So."} if "exp" in row else {})}] * 3
+        if task.data_files:
+            files = [*task.data_files, "train/task1_x_summarization_train.jsonl", "train/task2_y_summary_train.jsonl"]
+            files += ["train/task3_z_summary_text_generation_train.jsonl"]
+            data[task.dataset] = {file: json_lines(rows) for file in files}
+            continue
         configs = [task.dataset_config] if isinstance(task.dataset_config, str) else task.dataset_config
         if not configs:
             # Recipes train on what a task evaluates on another split of

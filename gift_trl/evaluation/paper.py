@@ -2,8 +2,8 @@
 The numbers of the paper, to stand beside the user's.
 
 Source: "GIFT: Guided Fine-Tuning and Transfer for Enhancing Instruction-Tuned Language Models", ACL 2026, arXiv 2605.01256.
-A method that the paper has no number of for a pair of models is left out; so are its summaries (Super-NaturalInstructions),
-of which it is not recorded here which pair they are of.
+A method that the paper has no number of for a pair of models is left out. Of its summaries (Super-NaturalInstructions) it is
+not recorded here which pair they are of; they are put beside any.
 """
 
 import re
@@ -49,15 +49,15 @@ class PaperResult:
     A line of the paper.
 
     Args:
-        pair (`str`):
-            The base and the instruct model, as the paper calls them.
+        pair (`str` or `None`):
+            The base and the instruct model, as the paper calls them; `None` where they are not known here.
         benchmark ([`Benchmark`]):
             What was measured.
         values (`dict[str, float]`):
             Figures in percent by method.
     """
 
-    pair: str
+    pair: str | None
     benchmark: Benchmark
     values: dict[str, float]
 
@@ -100,6 +100,7 @@ _MEDICAL = Benchmark(
     "mean accuracy of three medical sets",
     {"MedQA": "medqa(usmle)?", "MMLU-medical": "mmlumed(ical)?|medicalmmlu", "MedMCQA": "medmcqa"},
 )
+_SUMMARIES = "(super)?(ni|naturalinstructions)(summaries)?"
 RESULTS = (
     PaperResult("Llama-3.1-8B", _MATH, {"instruct": 16.8, "Instruct-SFT": 8.9, "Shadow-FT": 18.0, "GIFT": 22.0}),
     PaperResult("Llama-3.2-3B", _MATH, {"instruct": 16.5, "Shadow-FT": 16.7, "GIFT": 19.5}),
@@ -112,6 +113,16 @@ RESULTS = (
     PaperResult("Llama-3.1-8B", _MEDICAL, {"instruct": 62.6, "Shadow-FT": 65.1, "GIFT": 68.8}),
     PaperResult("Qwen2.5-7B", Benchmark("MMLU", {"MMLU": "mmlu"}), {"instruct": 68.7, "GIFT": 68.8}),
     PaperResult("Qwen2.5-7B", Benchmark("IFEval", {"IFEval": "ifeval"}), {"instruct": 71.2, "GIFT": 72.1}),
+    PaperResult(
+        None,
+        Benchmark("exact match of Super-NI summaries", {"Super-NI summaries": f"{_SUMMARIES}(em|exactmatch)"}),
+        {"instruct": 10.75, "GIFT": 12.0},
+    ),
+    PaperResult(
+        None,
+        Benchmark("ROUGE-L of Super-NI summaries", {"Super-NI summaries": f"{_SUMMARIES}(rougel?)?"}),
+        {"instruct": 37.38, "GIFT": 40.28},
+    ),
 )
 # Hub ids, without the organisation, of the instruct models
 _INSTRUCT_MODELS = {
@@ -162,8 +173,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _is_of(config: Any, pair: str) -> bool:
+def _is_of(config: Any, pair: str | None) -> bool:
     """Whether a model is the instruct model of a pair, or what its configuration says it was merged into is."""
+    if pair is None:
+        return True
     if isinstance(config, Mapping):
         return any(_is_of(value, pair) for value in config.values())
     pattern = rf"([\w.-]+/)?{_INSTRUCT_MODELS[pair]}"

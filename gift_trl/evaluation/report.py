@@ -282,9 +282,12 @@ def _paper(comparison: Comparison, signals: Sequence[TrainingSignal]) -> list[Pa
 
 
 def _paper_table(entry: Beside) -> list[Part]:
-    rows = [[f"paper: {method}", f"{value:.1f}"] for method, value in entry.paper.values.items()]
+    # With the digits that are printed there
+    digits = 1 if all(round(value, 1) == value for value in entry.paper.values.values()) else 2
+    rows = [[f"paper: {method}", f"{value:.{digits}f}"] for method, value in entry.paper.values.items()]
     rows += [[f"yours: {model}", with_interval(figure)] for model, figure in entry.figures.items()]
-    parts: list[Part] = [Table([f"{entry.paper.pair}, {entry.paper.benchmark.name}", "%"], rows)]
+    pair = entry.paper.pair or "A pair of models that is not recorded here"
+    parts: list[Part] = [Table([f"{pair}, {entry.paper.benchmark.name}", "%"], rows)]
     if entry.missing:
         parts.append(Text(f"For the mean you have yet to evaluate {', '.join(entry.missing)}.", "note"))
     if entry.deviations:

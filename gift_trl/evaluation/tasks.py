@@ -139,6 +139,9 @@ class Task:
             `"target"`: what the training aims at; `"retention"`: what the model should not lose by it.
         dataset_config (`str` or `list[str]`, *optional*):
             Configuration on the Hub, or several, one after the other.
+        data_files (`str` or `list[str]`, *optional*):
+            File or files of the dataset, one after the other, where a split is no folder of its own. The split of a file is
+            `"train"`; `"train[:100]"` takes the first hundred rows of each.
         revision (`str`, *optional*):
             Branch, tag or commit of the dataset on the Hub.
         split (`str`, *optional*, defaults to `"test"`):
@@ -162,6 +165,7 @@ class Task:
     description: str = ""
     role: Literal["target", "retention"] = "target"
     dataset_config: str | list[str] | None = None
+    data_files: str | list[str] | None = None
     revision: str | None = None
     split: str = "test"
     fields: Fields = Fields()
@@ -241,7 +245,7 @@ def load_task(source: str | dict[str, Any], folder: Path | None = None, **overri
     Args:
         source (`str` or `dict[str, Any]`):
             Path of a YAML file, name of a shipped task, or the fields themselves. Fields with the key `task`, a path or
-            name, change that one.
+            name, change that one, in a file too.
         folder (`Path`, *optional*):
             Where the shipped tasks are.
         overrides (`dict[str, Any]`):
@@ -281,7 +285,7 @@ def _read_task(source: str | dict[str, Any], folder: Path | None) -> dict[str, A
     values = read_yaml(path, f"task '{path}'")
     if not isinstance(values, dict):
         raise ValueError(f"The task '{path}' holds no fields: write a YAML mapping.")
-    return {"name": path.stem, **values}
+    return _read_task({"name": path.stem, **values}, folder)
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -382,12 +386,17 @@ def _load_rows(task: Task) -> Dataset:
             )
         return local[task.split if task.split in local else next(iter(local))]
     configs = task.dataset_config if isinstance(task.dataset_config, list) else [task.dataset_config]
+    files = task.data_files if isinstance(task.data_files, list) else [task.data_files]
     try:
-        parts = [load_dataset(task.dataset, name, revision=task.revision, split=task.split) for name in configs]
+        parts = [
+            load_dataset(task.dataset, name, data_files=file, revision=task.revision, split=task.split)
+            for name in configs
+            for file in files
+        ]
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
-            f"Task `{task.name}`: the dataset `{task.dataset}` (configuration {task.dataset_config}, split `{task.split}`, "
-            f"revision {task.revision or 'main'}) cannot be loaded: {str(error).splitlines()[0]} Check these, go online, or "
+            f"Task `{task.name}`: the dataset `{task.dataset}` (configuration {task.dataset_config}, files "
+            f"{task.data_files or 'all'}, split `{task.split}`, revision {task.revision or 'main'}) cannot be loaded: {str(error).splitlines()[0]} Check these, go online, or "
             "name a local copy as `dataset`."
         ) from error
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)

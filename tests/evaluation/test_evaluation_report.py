@@ -354,6 +354,18 @@ def test_papers_mean_needs_every_task_and_deviations_are_told(tmp_path):
     assert math.deviations == ("MATH-500: only the first 40 problems", "MATH-500: 4 samples, not 16")
 
 
+def test_papers_summaries_stand_beside_any_pair(tmp_path):
+    scores = {("instruct", task): solved(40, 20) for task in ("superni_summaries", "superni_summaries_em")}
+    folder = write_results(tmp_path / "results", scores)
+    em, rouge = place_beside_paper(compare_results([folder]))
+    assert em.paper.values == {"instruct": 10.75, "GIFT": 12.0} and rouge.paper.values["GIFT"] == 40.28
+    assert em.figures["instruct"].mean == rouge.figures["instruct"].mean == 0.5
+    write_evaluation_report([folder], tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| A pair of models that is not recorded here, exact match of Super-NI summaries | % |" in text
+    assert "| paper: instruct | 10.75 |" in text and "| paper: GIFT | 12.00 |" in text
+
+
 def test_papers_numbers_are_those_of_its_tables():
     table = {
         ("Llama-3.1-8B", 5): (16.8, 8.9, 18.0, None, 22.0),
