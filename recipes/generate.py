@@ -321,7 +321,7 @@ def generate() -> dict[str, str]:
     files = {}
     for name, model in load_models().items():
         skeleton = make_skeleton(model)
-        for task, facts in read("tasks.yaml").items():
+        for task in read("tasks.yaml"):
             files[f"{name}/{task}.yaml"] = recipe_of(model, task, skeleton)
             files[f"{name}/{task}_evaluation.yaml"] = evaluation_of(model, task)
         if offers_qlora(model):
