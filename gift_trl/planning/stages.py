@@ -139,7 +139,9 @@ def trace_training_step(
                     parameter.data = parameter.data.to(adapter_dtype)
         if checkpointing:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable()
+            # Before transformers 5.23 it has the other name, which is deprecated since
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         with _pass(model.train(), batch, on_gpu) as (trace, inputs):
             weights = torch.empty((batch.rows, batch.length - 1))
             _name_phases(layers, trace)

@@ -30,7 +30,8 @@ def measured_peak(config: LlamaConfig, batch: Batch, dtype: torch.dtype, checkpo
     model = get_peft_model(model, lora())
     if checkpointing:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable()
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
