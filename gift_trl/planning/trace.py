@@ -129,6 +129,8 @@ class CostTrace(TorchDispatchMode):
             flops = sdpa_flop_count(*(tensor.shape for tensor in args[:3])) // (2 if args[4:] and args[4] else 1)
         elif packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
             flops = sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])) // (2 if args[7] else 1)
+        elif packet is aten._grouped_mm:  # each token meets the weights of its own expert alone
+            flops = 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
         elif packet is aten.addmm_:
             flops = 2 * args[1].numel() * args[2].shape[1]
         elif packet in flop_registry:

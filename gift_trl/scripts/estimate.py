@@ -421,7 +421,7 @@ def _limit(entry: dict[str, Any], stages: dict[str, Any]) -> str:
     for name, stage in stages.items():
         if not stage["fits"]:
             memory = {key: size for key, size in stage["memory_bytes"].items() if key not in ("total", "host")}
-            return f"memory of the {name}, most of it {max(memory, key=lambda key: memory[key])}"
+            return f"{name}: {max(memory, key=lambda key: memory[key])}"
     return stages["training"]["limit"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MixtralConfig
 from trl.trainer.utils import add_fused_lm_head, compute_flops_per_token
 
 from gift_trl.planning.stages import Batch, trace_annotation, trace_training_step
@@ -107,6 +107,24 @@ def test_flops_of_a_forward_pass_are_those_of_the_formula():
     hidden_by_mask = tokens * 2 * config.num_hidden_layers * config.hidden_size * batch.length
     # The head is for the targets alone
     assert trace_annotation(config, batch).flops == backbone - hidden_by_mask + head * batch.targets
+
+
+def test_a_token_costs_its_own_experts_alone():
+    flops = [
+        trace_annotation(
+            MixtralConfig(
+                **SIZES,
+                **TOKENS,
+                vocab_size=500,
+                num_hidden_layers=2,
+                num_local_experts=8,
+                num_experts_per_tok=experts,
+            ),
+            Batch(1, 32, 31),
+        ).flops
+        for experts in (1, 2)
+    ]
+    assert flops[1] - flops[0] == 2 * 32 * (3 * 2 * SIZES["hidden_size"] * SIZES["intermediate_size"])
 
 
 def test_a_gpu_scores_targets_alone_and_keeps_smaller_masks():
