@@ -103,7 +103,7 @@ class HarnessTask:
     role: Literal["target", "retention"] = "retention"
     description: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_name(self.name, "task")
         for name, lowest in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
             value = getattr(self, name)
@@ -168,7 +168,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _check_names(list(self.models), "model")
-        _check_names([task.name for task in (*self.tasks, *self.lm_eval)], "task")
+        _check_names([task.name for task in self.tasks] + [task.name for task in self.lm_eval], "task")
         if self.baseline is not None and self.baseline not in self.models:
             raise ValueError(
                 f"`baseline` is '{self.baseline}', and the models are {', '.join(self.models)}: name one of them."

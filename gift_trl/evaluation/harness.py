@@ -91,7 +91,7 @@ class HarnessRun:
     renderer: Renderer
     folder: Path
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.data.task.chat and self.renderer.tokenizer.chat_template is None:
             raise ValueError(
                 f"The model `{self.renderer.name}` has no chat template, and task `{self.data.task.name}` asks in the chat "
@@ -233,7 +233,8 @@ def grade_harness(folder: Path, metric: dict[str, str]) -> Summary:
     Raises:
         `ValueError`: If the answers have no such metric.
     """
-    grades, lengths = [], {}
+    grades: list[Grade] = []
+    lengths: dict[int, list[tuple[int | None, str | None]]] = {}
     for generation in read_lines(folder / GENERATIONS_FILE, Generation):
         scores = generation.fields[_METRICS]
         if metric["name"] not in scores:
