@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -224,9 +225,8 @@ class Calibration:
             memory = torch.cuda.get_device_properties(self.device).total_memory
             name, launch = torch.cuda.get_device_name(self.device), _LAUNCH_SECONDS
         else:
-            import psutil
-
-            memory, name, launch = psutil.virtual_memory().total, "this CPU", 0.0
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            name, launch = "this CPU", 0.0
         return Hardware(name, memory / 2**30, flops, bandwidth, 10e9, 10e9, launch, products)
 
     def _product(self, dtype: torch.dtype, batch: int, rows: int, inner: int, columns: int) -> float:
