@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 
 # Set before any Hugging Face library is imported: no test talks to the Hub or fills the user's cache
@@ -15,13 +16,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Threads cost more than they give on matrices this small, and very much more on a machine that is busy
 os.environ["OMP_NUM_THREADS"] = "1"
+# A compiler of DeepSpeed's extensions takes 1.5 GB
+os.environ.setdefault("MAX_JOBS", "1")
 
 import pytest
-import torch
 import yaml
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+# Imported where they are used: the process that hands the tests out to the others needs half a gigabyte less
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 CHAT_TEMPLATE = (
@@ -53,8 +59,11 @@ def own_annotation_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     """Byte-level BPE of 384 tokens with a ChatML-like template; its end-of-turn token is no padding token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -70,8 +79,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_llama(seed: int, vocab_size: int = 384, **overrides) -> LlamaForCausalLM:
+def make_llama(seed: int, vocab_size: int = 384, **overrides) -> "LlamaForCausalLM":
     """A Llama of two layers with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     settings = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -88,8 +100,10 @@ def make_llama(seed: int, vocab_size: int = 384, **overrides) -> LlamaForCausalL
     return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
 
 
-def fit(model: LlamaForCausalLM, rows: list[list[int]], steps: int) -> None:
+def fit(model: "LlamaForCausalLM", rows: list[list[int]], steps: int) -> None:
     """Trains a model on whole rows, so that its probabilities are neither uniform nor all alike."""
+    import torch
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -119,8 +133,10 @@ def pair(tmp_path_factory, tokenizer) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def conversations() -> Dataset:
+def conversations() -> "Dataset":
     """Conversational prompt-completion rows of different lengths."""
+    from datasets import Dataset
+
     return Dataset.from_list(
         [
             {
@@ -189,8 +205,9 @@ def make_model(tokenizer):
 @pytest.fixture(scope="session")
 def relative_difference():
     """Relative L2 distance of two sets of tensors, in float64."""
+    import torch
 
-    def measure(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    def measure(found: "dict[str, torch.Tensor]", expected: "dict[str, torch.Tensor]") -> float:
         assert found.keys() == expected.keys()
         a = torch.cat([found[name].double().flatten() for name in expected])
         b = torch.cat([expected[name].double().flatten() for name in expected])
