@@ -212,7 +212,7 @@ class TransformersEngine:
             if left == 0 or not len(going):
                 break
             rows = [rows[place] for place in going.tolist()]
-            options["past_key_values"].batch_select_indices(going)
+            options["past_key_values"].batch_select_indices(going.cpu())  # its layers may lie on several GPUs
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)[going]
             ids = generated[going]
             for step in sampler:

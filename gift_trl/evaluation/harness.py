@@ -147,8 +147,9 @@ def describe_harness_task(data: HarnessData) -> dict[str, Any]:
         `dict[str, Any]`: Its fields, the version of lm-eval, the number of problems and a digest of them.
     """
     entry = dataclasses.asdict(data.task) | {"metric": data.metric, "answer_pattern": None}
-    for name in ("name", "filter", "batch_size"):
+    for name in ("name", "batch_size"):
         del entry[name]
+    entry["filter"] = data.metric.get("filter")  # only what it gave is kept, unlike the other metrics
     entry["task"] = Path(data.task.task or data.task.name).stem
     return {
         "harness": f"lm-eval {_lm_eval().__version__}",

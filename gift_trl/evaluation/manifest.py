@@ -22,7 +22,7 @@ from gift_trl.evaluation.config import EvaluationConfig, ModelSpec
 from gift_trl.evaluation.harness import has_cache
 from gift_trl.evaluation.parts import has_parts
 from gift_trl.evaluation.prompts import Renderer
-from gift_trl.evaluation.results import CONFIG_FILE, GENERATIONS_FILE, read_config, write_config
+from gift_trl.evaluation.results import CONFIG_FILE, GENERATIONS_FILE, SUMMARY_FILE, read_config, write_config
 from gift_trl.evaluation.tasks import TaskData
 from gift_trl.model_pair import load_config
 
@@ -31,6 +31,10 @@ logger = get_logger(__name__)
 
 # Of a task or model: what the answers do not depend on, so that it may change without making them again
 _FREE = ("merge", "role", "description", "metric", "answer_pattern")
+# Of these, what the grades depend on
+_GRADING = ("metric", "answer_pattern")
+# Keyword arguments of `from_pretrained` that make other weights; the rest says where they lie or how fast they are used
+_LOADING = ("dtype", "quantization_config", "subfolder", "variant")
 
 
 def describe_model(
@@ -74,6 +78,8 @@ def describe_model(
     if dtype == "auto":
         dtype = str(load_config(spec.model, **spec.tokenizer_kwargs).dtype or "float32").removeprefix("torch.")
     entry |= {"weights": identify_weights(spec.model, spec.revision), "dtype": dtype}
+    if loading := {name: str(spec.init_kwargs[name]) for name in _LOADING if name in spec.init_kwargs}:
+        entry["init_kwargs"] = loading
     if spec.adapter is not None:
         entry["adapter"] = {
             "name": model_name(spec.adapter),
@@ -107,7 +113,8 @@ def prepare_folder(
     folder: Path, config: EvaluationConfig, models: dict[str, dict[str, Any]], tasks: dict[str, dict[str, Any]]
 ) -> None:
     """
-    Checks that what a folder holds belongs to the configuration, and writes `evaluation.yaml`.
+    Checks that what a folder holds belongs to the configuration, and writes `evaluation.yaml`. Figures of another metric or
+    answer pattern are removed; the answers stay.
 
     Args:
         folder (`Path`):
@@ -121,7 +128,7 @@ def prepare_folder(
         `FileExistsError`: If it holds something else, or answers of another configuration that are not to be overwritten.
     """
     general = {"engine": config.engine, "seeds": list(config.seeds)}
-    known = {"models": {}, "tasks": {}, **general}
+    known: dict[str, Any] = {"models": {}, "tasks": {}, **general}
     if (folder / CONFIG_FILE).is_file():
         known = read_config(folder)
     elif folder.exists() and (not folder.is_dir() or any(path for path in folder.iterdir() if path.name[0] != ".")):
@@ -131,18 +138,19 @@ def prepare_folder(
     for leftover in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink()
     for model, task in _answered(folder, known):
-        pairs = [("evaluation", known, general)]
+        pairs = [("evaluation", {name: known.get(name) for name in general}, general)]
         pairs += [(f"model `{model}`", known["models"][model], models[model])] if model in models else []
         pairs += [(f"task `{task}`", known["tasks"][task], tasks[task])] if task in tasks else []
         differences = [f"{where}: {text}" for where, old, new in pairs if (text := _differences(old, new))]
-        if not differences:
-            continue
-        if not config.overwrite:
+        if differences and not config.overwrite:
             raise FileExistsError(
                 f"'{folder}' holds answers of `{model}` to task `{task}` under another configuration ({'; '.join(differences)}). "
                 "Choose another `output_dir` or another name, or set `overwrite` to throw them away."
             )
-        shutil.rmtree(folder / model / task)
+        if differences:
+            shutil.rmtree(folder / model / task)
+        elif task in tasks and any(known["tasks"][task].get(name) != tasks[task].get(name) for name in _GRADING):
+            (folder / model / task / SUMMARY_FILE).unlink(missing_ok=True)
     versions = library_versions()
     if changed := [name for name, version in versions.items() if known.get("versions", versions).get(name) != version]:
         logger.warning(
@@ -181,15 +189,18 @@ def _answered(folder: Path, known: dict[str, Any]) -> list[tuple[str, str]]:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Fields that differ, of those that the answers depend on."""
     flat_old, flat_new = _flat(old), _flat(new)
-    names = [name for name in flat_new if name.split(".")[0] not in _FREE and flat_old.get(name) != flat_new[name]]
-    return "; ".join(f"`{name}` was {_short(flat_old.get(name))}, is {_short(flat_new[name])}" for name in names)
+    names = [
+        name
+        for name in {**flat_new, **flat_old}
+        if name.split(".")[0] not in _FREE and flat_old.get(name) != flat_new.get(name)
+    ]
+    return "; ".join(f"`{name}` was {_short(flat_old.get(name))}, is {_short(flat_new.get(name))}" for name in names)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
-        nested = isinstance(value, dict) and value
-        flat.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
 

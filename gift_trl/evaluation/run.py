@@ -136,6 +136,10 @@ def evaluate(config: EvaluationConfig, data: Sequence[TaskData] | None = None) -
                 _grade(model.name, run)
             for run in harness_runs[model.name]:
                 _grade_harness(model.name, run)
+        # Of models that are not named here: a task has one metric
+        results = load_results(config.output_dir)
+        for pair in results.missing:
+            _grade_again(results, *pair)
     return load_results(config.output_dir)
 
 
@@ -156,15 +160,21 @@ def regrade(output_dir: str) -> Results:
     results = load_results(output_dir)
     with _locked(results.folder):
         for model in results.models:
-            for name, task in results.config["tasks"].items():
-                folder = results.folder / model / name
-                if (folder / GENERATIONS_FILE).is_file():
-                    if "harness" in task:
-                        grade_harness(folder, task["metric"])
-                        continue
-                    check_metric(task["metric"], name)
-                    grade(folder, task["metric"], task["answer_pattern"], f"Grading {model}, {name}")
+            for name in results.tasks:
+                _grade_again(results, model, name)
     return load_results(output_dir)
+
+
+def _grade_again(results: Results, model: str, name: str) -> None:
+    """Grades a model's answers to a task, if it has answered it, as `evaluation.yaml` says."""
+    task, folder = results.config["tasks"][name], results.folder / model / name
+    if not (folder / GENERATIONS_FILE).is_file():
+        return
+    if "harness" in task:
+        grade_harness(folder, task["metric"])
+        return
+    check_metric(task["metric"], name)
+    grade(folder, task["metric"], task["answer_pattern"], f"Grading {model}, {name}")
 
 
 def _reach(name: str, spec: ModelSpec, config: EvaluationConfig) -> _Model:

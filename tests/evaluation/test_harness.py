@@ -162,6 +162,21 @@ def test_what_is_finished_is_not_asked_again(harness, asked):
     assert asked.calls == 0 and changed.runs["instruct", "colour_choices"].summary.metric == {"name": "acc_norm"}
 
 
+def test_another_filter_is_another_evaluation(harness, asked, colours):
+    path = colours / "colour_words.yaml"
+    filters = [
+        {"name": "whole", "filter": [{"function": "take_first"}]},
+        {"name": "word", "filter": [{"function": "regex", "regex_pattern": r"(\w+)"}, {"function": "take_first"}]},
+    ]
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "filter_list": filters}))
+    fields = {"name": "colour_words", "task": str(path)}
+    first = evaluate(harness(fields)).runs["instruct", "colour_words"]
+    assert first.summary.metric == {"name": "exact_match", "filter": "whole"}
+    # Only the scores after the first one were kept, which must not be taken for those after the other
+    with pytest.raises(FileExistsError, match="`filter` was 'whole', is 'word'"):
+        evaluate(harness({**fields, "filter": "word"}))
+
+
 def _fields(harness):
     task = harness().lm_eval[0]
     return {"name": task.name, "task": task.task}

@@ -125,6 +125,19 @@ def test_another_metric_grades_again_and_generates_nothing(configure, sums, coun
     assert second.role("sums") == "retention"
 
 
+def test_another_answer_pattern_or_metric_grades_the_answers_of_all_models_again(configure, pair, sums, counted):
+    both = {"base": pair[0], "instruct": pair[1]}
+    folder = evaluate(configure(models=both)).folder
+    counted.clear()
+    results = evaluate(configure(tasks=[{**sums, "answer_pattern": r"^(.)"}]))
+    for model in both:  # also of the one that is not named
+        grades = results.runs[model, "sums"].grades
+        assert any(grade.answer for grade in grades) and all(len(grade.answer or "x") == 1 for grade in grades)
+    results = evaluate(configure(tasks=[{**sums, "metric": "rouge"}]))
+    assert counted == [] and {run.summary.metric["name"] for run in results.runs.values()} == {"rouge"}
+    assert results.folder == folder and len(results.runs) == 2
+
+
 def test_grading_again_from_the_files_alone(configure, counted):
     folder = evaluate(configure()).folder
     before = contents(folder)
@@ -245,6 +258,29 @@ def test_answers_of_another_configuration(configure, pair, request, change, mess
     with pytest.raises(FileExistsError, match=f"holds answers of `instruct` to task `sums` under another .*{message}"):
         evaluate(config)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            {"chat_template_kwargs": {"style": "a", "day": "b"}},
+            {"chat_template_kwargs": {"style": "a"}},
+            r"`chat_template_kwargs\.day` was 'b', is None",
+        ),
+        ({"init_kwargs": {"dtype": "bfloat16"}}, {}, r"`init_kwargs\.dtype` was 'bfloat16', is None"),
+        ({"init_kwargs": {"attn_implementation": "eager"}}, {}, None),
+    ],
+)
+def test_a_setting_of_the_model_that_is_taken_away(configure, pair, request, before, after, message):
+    evaluate(configure(models={"instruct": {"model": pair[1], **before}}))
+    request.getfixturevalue("no_weights")
+    config = configure(models={"instruct": {"model": pair[1], **after}})
+    if message is None:
+        assert evaluate(config).missing == ()
+        return
+    with pytest.raises(FileExistsError, match=message):
+        evaluate(config)
 
 
 def _changed(configure, pair, change):
