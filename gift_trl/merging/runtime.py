@@ -98,7 +98,8 @@ def set_scale(model: PreTrainedModel, scale: float) -> None:
     """
     for module in model.modules():
         scaling: Any = getattr(module, "scaling", None)
-        if isinstance(scaling, dict) and "default" in scaling:
+        # Layers of GraLoRA and PEANUT have a factor that cannot be set: what passes the checks leaves it at 1
+        if isinstance(scaling, dict) and "default" in scaling and (scale != 1.0 or hasattr(module, "set_scale")):
             module.set_scale("default", scale)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -79,6 +80,20 @@ def test_another_adapter_type(pair, make_adapter, tmp_path):
     assert not verify_merge(tmp_path / "merged", adapter, pair[1]).problems()
     change_tensors(tmp_path / "merged", lambda tensors: tensors[TARGET][3].neg_())
     assert list(verify_merge(tmp_path / "merged", adapter, pair[1]).wrong_tensors) == [TARGET]
+
+
+@pytest.mark.parametrize("peft_type", ["GRALORA", "PEANUT"])
+def test_types_whose_factor_cannot_be_set(pair, make_adapter, tmp_path, peft_type):
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        pytest.skip("unknown to this PEFT")
+    settings = {"r": 4, "gralora_k": 2} if peft_type == "GRALORA" else {}
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](
+        task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], **settings
+    )
+    adapter = make_adapter(pair[1], config=config, spread=0.03)
+    merge_adapter(adapter, pair[1], tmp_path / "merged")
+    result = verify_merge(tmp_path / "merged", adapter, pair[1], max_new_tokens=0)
+    assert not result.problems() and result.mean_kl < 0.1 * result.mean_kl_instruct
 
 
 def test_a_merge_that_merged_nothing(merged):
