@@ -69,7 +69,8 @@ def sweep_task(
     for scale in scales:
         # What takes the place of the instruct model's layers does so at every factor
         is_instruct = scale == 0 and saved_modules != "replace"
-        name = "instruct" if is_instruct else f"scale_{scale:g}"
+        # With all its digits: two factors that are close to each other are two models
+        name = "instruct" if is_instruct else f"scale_{scale!r}".removesuffix(".0")
         added = {} if is_instruct else {**update, "adapter_scale": scale}
         models[name] = ModelSpec(os.fspath(instruct_model), instruct_model_revision, **added)
     config = EvaluationConfig(

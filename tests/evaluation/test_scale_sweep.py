@@ -102,6 +102,13 @@ def test_a_sweep_goes_on_and_mixes_nothing(pair, adapter, task, tmp_path, loaded
     assert len(loaded) == 2
 
 
+def test_factors_that_differ_in_the_seventh_digit(pair, adapter, task, tmp_path, loaded):
+    common = {"use_cpu": True, "tokens_per_batch": 100}
+    sweep = sweep_task(adapter, pair[1], [0.5, 0.50000001], task, tmp_path / "sweep", **common)
+    assert [entry.scale for entry in sweep.scores] == [0.5, 0.50000001] and len(loaded) == 2
+    assert load_results(tmp_path / "sweep").models == ["scale_0.5", "scale_0.50000001"]
+
+
 def test_an_adapter_that_cannot_be_merged(pair, adapter, task, tmp_path, loaded):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "init_lora_weights": "pissa"}))
