@@ -26,6 +26,7 @@ from gift_trl.hub.preflight import (
     check_saved_whole,
     instruct_model,
     is_merge_of,
+    is_own_checkpoint,
     last_checkpoint,
     merged_is_private,
     step_folders,
@@ -165,7 +166,9 @@ class MergeAndPushCallback(StageCallback):
             )
         _ = args.world_size  # connects the processes
         self._given_args = args
-        self._check(peft_config, last_checkpoint(args) if resume_from_checkpoint is None else resume_from_checkpoint)
+        if resume_from_checkpoint is None:  # the others may see another disk, and have to check as often
+            resume_from_checkpoint = run_on_main_process(lambda: last_checkpoint(args))
+        self._check(peft_config, resume_from_checkpoint)
         self._pushes_saves = args.hub_strategy == HubStrategy.EVERY_SAVE
         self._ledger = PushLedger(args.output_dir)
         self._uploads = UploadQueue(self._ledger)
@@ -186,7 +189,7 @@ class MergeAndPushCallback(StageCallback):
             self._check(peft_config, resume_from_checkpoint)
         if is_first and trainer.is_world_process_zero():
             remove_snapshots(self._args.output_dir)
-            if resume_from_checkpoint is None:
+            if not self._goes_on():
                 self._ledger.clear()
 
     def _check(self, peft_config: PeftConfig | None, resume_from_checkpoint: str | bool | None) -> None:
@@ -240,7 +243,10 @@ class MergeAndPushCallback(StageCallback):
 
     def _catch_up(self, state: TrainerState) -> None:
         """Does what a run that was killed has not done for its checkpoints."""
-        steps = {int(path.rpartition("-")[2]) for path in sort_checkpoints(self._args.output_dir)}
+        if not self._goes_on():
+            return
+        names = [path.rpartition("-")[2] for path in sort_checkpoints(self._args.output_dir)]
+        steps = {int(name) for name in names if name.isdigit()}  # not `checkpoint-100-copy`
         if self.merge_at_every_checkpoint and self._merged_id is not None:
             steps |= {
                 step
@@ -297,7 +303,7 @@ class MergeAndPushCallback(StageCallback):
         merged = self._merged(step)[0]
         overwrite = self.merge_overwrite or merged in self.merged_folders
         # What a resumed run comes by once more, it replaces, as the trainer does with the checkpoint
-        overwrite = overwrite or (self._resumed_from is not None and step is not None)
+        overwrite = overwrite or (self._goes_on() and step is not None)
         try:
             if is_merge_of(self, self._args, merged, adapter):
                 print(f"The merged model is in {merged}")
@@ -370,8 +376,13 @@ class MergeAndPushCallback(StageCallback):
             return
         for step, folder in step_folders(self.merge_output_dir).items():
             checkpoint = Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            if not checkpoint.exists() and not self._uploads.holds(folder):
+            is_own = folder in self.merged_folders or self._goes_on()
+            if is_own and not checkpoint.exists() and not self._uploads.holds(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _goes_on(self) -> bool:
+        """Whether the models of checkpoints that are there are this run's, from before it was killed."""
+        return is_own_checkpoint(self._args, self._resumed_from)
 
     def _try(self, what: str, function: Any, *args: Any) -> None:
         try:

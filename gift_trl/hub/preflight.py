@@ -139,7 +139,8 @@ def check_pushes(
                 "`hub_token` is set, and tokens are read only from the login: run `hf auth login`, or set `HF_TOKEN`."
             )
         )
-    ledger = () if resume is None else PushLedger(args.output_dir)  # a run that begins has pushed nothing
+    # A run that begins, or goes on from another one's checkpoint, has pushed nothing
+    ledger = PushLedger(args.output_dir) if is_own_checkpoint(args, resume) else ()
     adapter_id = None
     if args.push_to_hub:
         if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
@@ -215,6 +216,11 @@ def instruct_model(settings: Any, args: GIFTConfig) -> tuple[str | None, str | N
     return args.instruct_model_name_or_path, args.instruct_model_revision
 
 
+def is_own_checkpoint(args: GIFTConfig, checkpoint: str | None) -> bool:
+    """Whether a run goes on from a checkpoint of its own folder, so that what lies there and was pushed from there is its."""
+    return checkpoint is not None and Path(checkpoint).absolute().parent.resolve() == Path(args.output_dir).resolve()
+
+
 def step_folders(merge_output_dir: str | os.PathLike) -> dict[int, Path]:
     """The folders of the models that were merged at checkpoints, by step."""
     folder = Path(merge_output_dir).expanduser().resolve()
@@ -278,7 +284,7 @@ def _check_merge_folders(settings: Any, args: GIFTConfig, resume: str | None) ->
         # The run was killed after its merge, perhaps before its push, and only goes on from there
         overwrite = any(is_merge_of(settings, args, folder, merged) for merged in (Path(resume), adapter))
     check_output_folder(folder, overwrite=overwrite, marks=REPLACED_MARKS)
-    if settings.merge_at_every_checkpoint and resume is None and not settings.merge_overwrite:
+    if settings.merge_at_every_checkpoint and not is_own_checkpoint(args, resume) and not settings.merge_overwrite:
         for path in step_folders(folder).values():
             if path not in settings.merged_folders:
                 check_output_folder(path)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 import threading
 import uuid
@@ -250,7 +251,9 @@ def remove_snapshots(output_dir: str | os.PathLike) -> None:
     """Removes what a run that was killed has left of [`take_snapshot`]."""
     output_dir = Path(output_dir).resolve()
     for path in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.*{_SNAPSHOT_SUFFIX}"):
-        shutil.rmtree(path, ignore_errors=True)
+        # Not those of a run in a folder whose name begins alike
+        if re.fullmatch(rf"\.{re.escape(output_dir.name)}\.[0-9a-f]{{12}}{re.escape(_SNAPSHOT_SUFFIX)}", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_pending(upload: Upload) -> bool:

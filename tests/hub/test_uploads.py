@@ -90,7 +90,9 @@ def test_a_snapshot_outlives_its_checkpoint(pair, tmp_path):
     assert (snapshot / "model.safetensors").read_bytes() == weights
     assert (snapshot / "README.md").read_text() == "the card"
     assert not (snapshot / "optimizer.pt").exists()
+    others = tmp_path / f".run.v2{snapshot.name.removeprefix('.run')}"  # of a run in `run.v2`
+    others.mkdir()
     remove_snapshots(output)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", others.name}
     with pytest.raises(FileNotFoundError, match="no folder"):
         take_snapshot(checkpoint, output)
