@@ -127,6 +127,38 @@ def test_other_types(make_checkpoint, make_adapter, tmp_path, peft_type, dtype):
     assert_same_as_peft(tmp_path / "merged", instruct, adapter, report)
 
 
+# Types that PEFT puts on GPT-2's transposed layers
+TRANSPOSED = ["FOURIERFT", "WAVEFT", "GRALORA", "HIRA", "IA3"]
+OTHER_MODELS = ["llama", "gemma", "gpt2", "qwen3_moe"]
+
+
+def types_and_models():
+    for peft_type in (name for name in MERGED_TYPES if name != "LORA"):
+        for architecture in OTHER_MODELS:
+            if architecture != "gpt2" or peft_type in TRANSPOSED:
+                marks = () if architecture == "gpt2" else pytest.mark.slow
+                yield pytest.param(peft_type, architecture, marks=marks)
+
+
+@pytest.mark.parametrize(("peft_type", "architecture"), list(types_and_models()))
+def test_other_types_in_other_models(make_checkpoint, make_adapter, tmp_path, peft_type, architecture):
+    if peft_type not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+        pytest.skip("unknown to this PEFT")
+    # Single files, and tied weights where the model above has none
+    changes = {"tie_word_embeddings": True} if architecture == "llama" else {}
+    targets = {"gpt2": ["c_attn", "c_fc"], "qwen3_moe": ["q_proj", "o_proj"]}.get(
+        architecture, ["q_proj", "down_proj"]
+    )
+    settings = {"task_type": "CAUSAL_LM", **SETTINGS.get(peft_type, {}), "target_modules": targets}
+    if peft_type == "IA3":
+        settings["feedforward_modules"] = targets[1:]
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](**settings)
+    adapter = make_adapter(make_checkpoint("base", architecture, seed=5, **changes), config=config, spread=0.1)
+    instruct = make_checkpoint(architecture=architecture, dtype=torch.bfloat16, **changes)
+    report = merge_adapter(adapter, instruct, tmp_path / "merged")
+    assert_same_as_peft(tmp_path / "merged", instruct, adapter, report)
+
+
 def test_what_depends_on_the_weights_is_warned_of(make_checkpoint, make_adapter, tmp_path):
     instruct = make_checkpoint()
     with pytest.warns(UserWarning, match="A DoRA adapter does not add an update but depends on the weights"):
@@ -202,7 +234,7 @@ def test_experts_of_an_adapter_that_names_them_one_by_one(make_checkpoint, make_
     assert_same_as_peft(tmp_path / "merged", instruct, adapter, report)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rank", [8, 64, 256])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize(("alpha", "scale"), [(24, 0.7), (512, 1.0), (16, -0.5)])
