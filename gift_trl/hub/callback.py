@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_
 
 from gift_trl.checkpoints import CARD_FILE, TRAINING_FILE, weights_fingerprint
 from gift_trl.hub.card import complete_merged_card
+from gift_trl.hub.files import warn_of_local_base
 from gift_trl.hub.main_process import run_on_main_process
 from gift_trl.hub.preflight import (
     STEP_BRANCH,
@@ -188,6 +189,8 @@ class MergeAndPushCallback(StageCallback):
         elif is_first and resume_from_checkpoint != self._checked_for:
             self._check(peft_config, resume_from_checkpoint)
         if is_first and trainer.is_world_process_zero():
+            if self._adapter_id is not None:
+                warn_of_local_base(getattr(peft_config, "base_model_name_or_path", None))
             remove_snapshots(self._args.output_dir)
             if not self._goes_on():
                 self._ledger.clear()

@@ -14,6 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from tqdm.auto import tqdm
 
+from gift_trl.cards import is_hub_id
 from gift_trl.checkpoints import ADAPTER_FILE, CARD_FILE, KINSHIP_PLOT_FILE, SIGNAL_PLOT_FILE, safetensors_files
 from gift_trl.repositories import describe
 
@@ -206,6 +207,28 @@ def read_card(folder: Path) -> ModelCard | None:
             stacklevel=4,
         )
     return card
+
+
+def warn_of_local_base(base: str | None) -> None:
+    """
+    Warns, once, of the base model's name in an adapter that is pushed, if that is a folder.
+
+    Args:
+        base (`str`, *optional*):
+            Name of the base model, as PEFT writes it into `adapter_config.json`.
+    """
+    if base and not is_hub_id(base):
+        warnings.warn(
+            f"The adapter names its base model by a folder, '{base}', which everybody can read who reads its repository, and "
+            f"nobody can load: train from the model's id on the Hub, or write that into `{ADAPTER_CONFIG_FILE}` before a push.",
+            stacklevel=1,  # in one place, so that it is said once
+        )
+
+
+def named_base(folder: Path) -> str | None:
+    """Name of the base model that an adapter is of; `None` for other models."""
+    path = folder / ADAPTER_CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
 
 
 def _check_complete(folder: Path) -> None:

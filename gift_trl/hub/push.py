@@ -11,7 +11,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
 
 from gift_trl.checkpoints import CARD_FILE
-from gift_trl.hub.files import LocalFile, hash_files, list_model_files, read_card, replaced_names
+from gift_trl.hub.files import (
+    LocalFile,
+    hash_files,
+    list_model_files,
+    named_base,
+    read_card,
+    replaced_names,
+    warn_of_local_base,
+)
 from gift_trl.hub.target import check_replaced, find_target, list_files, tag_exists
 from gift_trl.repositories import HUB_ERRORS, UnconfirmedError, call_hub, describe, explain
 
@@ -132,6 +140,7 @@ def push_folder(
     start = time.monotonic()
     folder = Path(folder).expanduser()
     files, left_out = list_model_files(folder)
+    warn_of_local_base(named_base(folder))
     push = _Push(
         folder, files, repo_id, private, revision, tag, commit_message, overwrite=overwrite, max_size_gb=max_size_gb
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from fault_bench import make_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gift_trl.hub import PushReport, check_push_target, push_folder
@@ -308,6 +310,22 @@ def test_what_a_card_should_say(client, folder):
     (folder / "README.md").unlink()
     (warning,) = client(push_and_warn, folder, "user/no-card")
     assert "has no card: nobody will know what the model is. Write a README.md." in warning
+
+
+def test_an_adapter_that_names_a_folder_of_this_machine(client, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"base_model.model.lora_A.weight": torch.ones(2, 2)}, adapter / "adapter_model.safetensors")
+    (adapter / "README.md").write_text("---\ntags: [a]\n---\n")
+
+    def warnings_with(base: str) -> list[str]:
+        settings = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        return client(push_and_warn, adapter, "user/adapter-of-a-folder", overwrite=True)
+
+    (warning,) = warnings_with(str(tmp_path))
+    assert f"'{tmp_path}', which everybody can read" in warning and "write that into `adapter_config.json`" in warning
+    assert warnings_with("org/base") == []
 
 
 def run_command(arguments: list[str], interrupt: bool = False) -> tuple[str, str, int]:
