@@ -266,7 +266,8 @@ RE-Adapt and LoRE-Adapt the factors are ours; on validation data, `gift-trl swee
 ```
 
 The report puts the paper's numbers beside these where it has any of this pair, and those of its summaries, whose pair is not
-known here, beside any. General ability (MMLU, IFEval) is measured with lm-eval, as [recipes/evaluation](../evaluation) says.
+known here, beside any. `--lm_eval mmlu ifeval` after the evaluation's line adds general ability, measured by lm-eval
+([how](../../docs/guides/evaluation.md#general-ability-mmlu-ifeval-and-what-else-lm-eval-has)).
 """
 
 QLORA = """
