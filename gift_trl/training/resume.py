@@ -150,7 +150,11 @@ def clear_checkpoint(output_dir: Path, step: int) -> None:
     if folder.is_dir():
         # First what makes it complete: this process may be killed too
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        for path in folder.iterdir():  # the folder itself may be a link to another disk
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def logged_tokens(log_history: Sequence[Mapping[str, float]]) -> int:

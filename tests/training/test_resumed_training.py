@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from gift_trl import GIFTSFTTrainer
-from gift_trl.training.resume import explain_full_disk, find_checkpoint, last_complete_checkpoint
+from gift_trl.training.resume import clear_checkpoint, explain_full_disk, find_checkpoint, last_complete_checkpoint
 
 
 @pytest.fixture
@@ -116,6 +116,16 @@ def test_a_checkpoint_that_is_written_again_is_complete_only_at_its_end(interrup
     monkeypatch.undo()
     whole.args.output_dir = str(folder)
     assert last_complete_checkpoint(whole.args) == str(folder / "checkpoint-2")
+
+
+def test_a_checkpoint_on_another_disk_is_written_again_there(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "global_step4").mkdir(parents=True)
+    (elsewhere / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-4").symlink_to(elsewhere)
+    (elsewhere / "linked").symlink_to(tmp_path)
+    clear_checkpoint(tmp_path, 4)
+    assert (tmp_path / "checkpoint-4").is_symlink() and list(elsewhere.iterdir()) == []
 
 
 def test_one_command_starts_a_run_and_goes_on_with_it(interrupted, tmp_path, caplog):
