@@ -115,9 +115,10 @@ def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def compare_at_run_time(
     instruct_dir: Path,
-    adapter_dir: Path,
+    adapter: AdapterPlan,
     merged_dir: Path,
     rows: list[list[int]] | None,
+    saved_modules: str | None,
     scale: float,
     max_new_tokens: int,
     dtype: torch.dtype,
@@ -126,10 +127,14 @@ def compare_at_run_time(
     Compares the merged checkpoint with the instruct model to which the adapter is applied at run time, both in float32.
 
     Args:
-        instruct_dir, adapter_dir, merged_dir (`Path`):
+        instruct_dir, merged_dir (`Path`):
             Folders.
+        adapter (`AdapterPlan`):
+            The adapter.
         rows (`list[list[int]]`, *optional*):
             Token ids of the prompts. Random ones if there are none.
+        saved_modules (`str`, *optional*):
+            `"ignore"` leaves out what the adapter holds whole.
         scale (`float`):
             Factor of the update.
         max_new_tokens (`int`):
@@ -147,7 +152,7 @@ def compare_at_run_time(
     stops = [sorted({*chain(*stop_ids(folder).values())}) for folder in (instruct_dir, merged_dir)]
     with tqdm(total=4 * len(rows), desc="Verifying", unit="prompt", delay=2) as bar:
         instruct = _logits(model, rows, bar)
-        model = apply_adapter(model, adapter_dir, scale)
+        model = apply_plan(model, adapter, saved_modules, scale)
         run_time = _logits(model, rows, bar)
         answers = [_answer(model, ids, stops[0], max_new_tokens) for ids in rows]
         # Rounding to what it runs in changes nothing

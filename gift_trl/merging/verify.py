@@ -232,7 +232,7 @@ def verify_merge(
         scale (`float`, *optional*, defaults to `1.0`):
             Factor of the update in the merge.
         saved_modules (`str`, *optional*):
-            As in the merge, see [`merge_adapter`]. With `"ignore"` there is no comparison at run time.
+            As in the merge, see [`merge_adapter`].
         prompts (`Sequence[str]`, *optional*):
             Questions, each put into the chat format as the only message where there is one. Defaults to eight built-in
             ones, or to rows of random token ids if there is no tokenizer.
@@ -320,13 +320,11 @@ def verify_recipe(
     }
     if not recipe.is_plain:
         facts["run_time_reason"] = f"PEFT applies one adapter at run time, and not the method {recipe.method}."
-    elif recipe.saved_modules == "ignore":
-        facts["run_time_reason"] = "At run time, PEFT applies the modules that were ignored."
     else:
         dtype = min(set(proof.dtypes.values()), key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)
         facts["max_kl"] = MAX_KL[str(dtype).removeprefix("torch.")] if max_kl is None else max_kl
-        folders = (instruct_dir, plan.adapters[0].folder, merged_dir)
-        facts |= compare_at_run_time(*folders, rows, scale_of(recipe), max_new_tokens, dtype)
+        parts = (instruct_dir, plan.adapters[0], merged_dir)
+        facts |= compare_at_run_time(*parts, rows, recipe.saved_modules, scale_of(recipe), max_new_tokens, dtype)
     verification = Verification(**facts)
     text = json.dumps({**asdict(verification), "problems": verification.problems()}, indent=2) + "\n"
     (merged_dir / VERIFICATION_FILE).write_text(text, encoding="utf-8")

@@ -96,6 +96,19 @@ def test_types_whose_factor_cannot_be_set(pair, make_adapter, tmp_path, peft_typ
     assert not result.problems() and result.mean_kl < 0.1 * result.mean_kl_instruct
 
 
+@pytest.mark.parametrize("choice", ["ignore", "replace"])
+def test_what_the_adapter_holds_whole(pair, make_adapter, tmp_path, choice):
+    adapter = make_adapter(pair[1], modules_to_save=["input_layernorm"], spread=0.03)
+    merge_adapter(adapter, pair[1], tmp_path / "merged", saved_modules=choice)
+    result = verify_merge(tmp_path / "merged", adapter, pair[1], saved_modules=choice, max_new_tokens=0)
+    assert not result.problems() and result.mean_kl < 0.1 * result.mean_kl_instruct
+    # The other model is found out by its logits as well
+    shutil.copytree(tmp_path / "merged", tmp_path / "other")
+    change_tensors(tmp_path / "other", lambda tensors: tensors["model.layers.0.input_layernorm.weight"].mul_(0.5))
+    other = verify_merge(tmp_path / "other", adapter, pair[1], saved_modules=choice, max_new_tokens=0)
+    assert any("above the bound" in problem for problem in other.problems())
+
+
 def test_a_merge_that_merged_nothing(merged):
     folder, adapter, instruct = merged
     shutil.copy(instruct / "model.safetensors", folder)
