@@ -86,20 +86,20 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
         `ValueError`: As [`last_complete_checkpoint`], for `True`.
     """
     text = str(wanted).lower()
-    if text == "true":
-        return last_complete_checkpoint(args)
-    if text != "auto":
+    if text not in ("true", "auto"):
         return None if text in ("false", "none", "") else str(wanted)
     found: list[str | None] = [None]
     try:
-        found = [last_complete_checkpoint(args)]
+        found = [Path(last_complete_checkpoint(args)).name]
     except ValueError:
+        if text == "true":
+            raise
         if any(Path(str(args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             logger.warning(f"No checkpoint in `{args.output_dir}` can be gone on from: starting from the beginning.")
     # Each process would decide for itself, and one that sees another disk otherwise
     if args.world_size > 1:
         broadcast_object_list(found)
-    return found[0]
+    return None if found[0] is None else str(Path(str(args.output_dir)) / found[0])
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from gift_trl import GIFTSFTTrainer
+from gift_trl.training import resume
 from gift_trl.training.resume import clear_checkpoint, explain_full_disk, find_checkpoint, last_complete_checkpoint
 
 
@@ -146,6 +147,19 @@ def test_one_command_starts_a_run_and_goes_on_with_it(interrupted, tmp_path, cap
 )
 def test_what_resume_from_checkpoint_asks_for(config, wanted, found):
     assert find_checkpoint(config(), wanted) == found
+
+
+@pytest.mark.parametrize("wanted", [True, "auto"])
+def test_every_process_goes_on_from_the_same_checkpoint(tmp_path, config, monkeypatch, wanted):
+    folder = tmp_path / "out" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    torch.save({}, folder / "rng_state.pth")
+    args = config()
+    monkeypatch.setattr(type(args), "world_size", 2)
+    # The disk of the main process is further ahead
+    monkeypatch.setattr(resume, "broadcast_object_list", lambda found: found.__setitem__(0, "checkpoint-4"))
+    assert find_checkpoint(args, wanted) == str(tmp_path / "out" / "checkpoint-4")
 
 
 @pytest.mark.parametrize(
