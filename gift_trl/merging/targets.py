@@ -129,14 +129,17 @@ def find_targets(
             continue
         names = {name: f"{layer.module}.{name}" for name in layer.parameters}
         tied_targets += [name for name in names.values() if name in tied]
-        homeless += _homeless(names.values(), stored, checkpoint, parameters)
+        # Of a shared weight the checkpoint holds one name, and lacks nothing
+        homeless += _homeless([name for name in names.values() if name not in tied], stored, checkpoint, parameters)
         targets.append(Target(layer.module, {n: stored[p] for n, p in names.items() if p in stored}, layer))
     if copies and saved_modules == "replace":
         adapted = {name for target in targets for name in target.tensors}
         for key in copies:
             module, _, name = whole[key].rpartition(".")
-            tied_targets += [whole[key]] if whole[key] in tied else []
-            homeless += _homeless([whole[key]], stored, checkpoint, parameters)
+            if whole[key] in tied:
+                tied_targets.append(whole[key])
+            else:
+                homeless += _homeless([whole[key]], stored, checkpoint, parameters)
             if whole[key] in stored and set(stored[whole[key]].tensors) & adapted:
                 problems.append(
                     f"The adapter holds '{whole[key]}' whole and updates it too, so it cannot be replaced: merge with "

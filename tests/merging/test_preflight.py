@@ -221,11 +221,12 @@ def test_tied_embeddings_are_no_target(make_checkpoint, make_adapter, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:.*embedding layers found:UserWarning", "ignore:.*ensure_weight_tying")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 @pytest.mark.parametrize("choice", [None, "replace", "ignore"])
-def test_tied_targets_have_one_reason(make_checkpoint, make_adapter, tmp_path, choice):
-    # The file holds the embedding whole too, but no choice about that would help
+def test_tied_targets_have_one_reason(make_checkpoint, make_adapter, tmp_path, choice, target):
+    # The file holds the weight whole too, but no choice about that would help; nor does the checkpoint lack its second name
     instruct = make_checkpoint(tie_word_embeddings=True)
-    adapter = make_adapter(instruct, target_modules=["q_proj", "embed_tokens"])
+    adapter = make_adapter(instruct, target_modules=["q_proj", target])
     assert any("base_layer" in key for key in load_file(adapter / "adapter_model.safetensors"))
     message = refused(adapter, instruct, tmp_path / "merged", "shares between", saved_modules=choice)
     assert "reasons" not in message and "saved_modules" not in message
