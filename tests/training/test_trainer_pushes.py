@@ -23,7 +23,7 @@ class Hub:
     def upload_folder(self, *, folder_path, commit_message, path_in_repo=None, revision=None, **kwargs):
         names = {path.name for path in Path(folder_path).iterdir() if not path.name.startswith("checkpoint-")}
         self.pushes.append((commit_message, path_in_repo, revision, names - {TRAINING_FILE}))
-        return SimpleNamespace(is_done=lambda: True)
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
 
 
 def test_as_sft_trainer_pushes(pair, conversations, config, lora, tmp_path, monkeypatch):
