@@ -258,9 +258,14 @@ def main() -> None:
             prepare(prepared)
         print("where | exit status | time | command")
         outcomes = []
-        for outcome in (outcome for page in options.pages for outcome in run_page(ROOT / page, prepared)):
-            print(row(outcome), flush=True)
-            outcomes.append(outcome)
+        published = set(hub.repositories)
+        for page in options.pages:
+            for outcome in run_page(ROOT / page, prepared):
+                print(row(outcome), flush=True)
+                outcomes.append(outcome)
+            # The next reader has pushed nothing yet
+            for name in hub.repositories.keys() - published:
+                del hub.repositories[name]
     failures = [outcome for outcome in outcomes if outcome.status not in (0, None)]
     for outcome in failures:
         print(f"\n{outcome.page}:{outcome.line}: {outcome.text}\n{outcome.how}", file=sys.stderr)

@@ -9,9 +9,8 @@ from docs_commands import ROOT, Command, pages
 from run_docs import run_command
 
 
-# The guide to the Hub pushes what the README has pushed, before other pages make it anew
-READ = ("README.md", "docs/guides/hub.md", "CONTRIBUTING.md", "recipes/README.md", "docs/faq.md")
-GUIDES = [name for path in pages("docs/guides/*.md") if (name := path.relative_to(ROOT).as_posix()) not in READ]
+READ = ("README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/faq.md")
+GUIDES = [path.relative_to(ROOT).as_posix() for path in pages("docs/guides/*.md")]
 
 
 @pytest.mark.slow
