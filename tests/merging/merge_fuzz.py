@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -35,6 +36,7 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gift_trl import checkpoints
@@ -339,6 +341,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # a child of fork has none of its parent's threads
+    # tqdm's own lock is shared by all processes, and a child that is killed with it leaves it locked for ever
+    tqdm.set_lock(threading.RLock())
     with tempfile.TemporaryDirectory(prefix="merge_fuzz_") as folder:
         os.chmod(folder, 0o777)
         trial = Trial(Path(folder))
