@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import shutil
@@ -148,6 +149,27 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
     Raises:
         `ValueError`, `OSError`: As [`merge_adapter`].
     """
+    with _old_objects_spared():
+        report = _merge(recipe, output_dir, overwrite)
+    for caution in report.warnings:
+        warnings.warn(caution, UserWarning, stacklevel=3)
+    return report
+
+
+@contextmanager
+def _old_objects_spared() -> Iterator[None]:
+    # While skeletons are built, the collector would go through every object of the libraries, again and again
+    if gc.get_freeze_count():  # they are spared, or someone else says when
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _merge(recipe: MergeRecipe, output_dir: str | os.PathLike, overwrite: bool) -> MergeReport:
     started = time.monotonic()
     scale = recipe.scale * recipe.adapter_weight[0] if recipe.is_plain else recipe.scale
     companions = {"base_model": (recipe.base_model, recipe.base_model_revision)} if recipe.base_model else {}
@@ -232,8 +254,6 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         effective.write(folder)
         _copy_companions(plan, folder)
-    for caution in cautions:
-        warnings.warn(caution, UserWarning, stacklevel=3)
     return report
 
 
@@ -360,11 +380,13 @@ def _copy_companions(plan: MergePlan, folder: Path) -> None:
         and file.name not in _LEFT_BEHIND_NAMES
         and not file.name.startswith(_LEFT_BEHIND_PREFIXES)
     ]
-    # Without config.json nothing loads, so it comes last: what a killed merge leaves behind is not taken for a model.
+    # Without config.json nothing loads, so it comes last, and whole: what a killed merge leaves is not taken for a model.
     for file in sorted(files, key=lambda file: file.name == "config.json"):
         copy = folder / file.relative_to(plan.instruct_dir)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        partial = copy.with_name(f"{copy.name}.partial")
+        shutil.copyfile(file, partial)
+        os.rename(partial, copy)
 
 
 def _nothing_changed(scale: float, dtypes: set[str]) -> str:

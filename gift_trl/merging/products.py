@@ -2,6 +2,8 @@
 
 import functools
 import math
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -32,6 +34,10 @@ class Buffer:
         if self._held.numel() < count:
             self._held = torch.empty(count, dtype=self._held.dtype)
         return self._held[:count]
+
+
+# Adds B·A to rows, of which the last argument may hold a copy in float32
+Addition = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LoraProduct:
@@ -73,22 +79,33 @@ class LoraProduct:
         b = self.b[start : start + len(rows)].float()
         wide = self.buffer.take(rows.numel()).view(rows.shape)
         if self._scales_b:
-            b = b * self.scaling
-            if adds_whole_products(len(rows), *self.a.shape, torch.get_num_threads()):
-                return rows.copy_(wide.copy_(rows).addmm_(b, self.a))
+            add = quickest_addition(len(rows), *self.a.shape, torch.get_num_threads())
+            return rows.copy_(add(rows, b * self.scaling, self.a, wide))
         torch.mm(b, self.a, out=wide)
-        if not self._scales_b:
-            wide.mul_(self.scaling)
-        return rows.copy_(wide.add_(rows))
+        return rows.copy_(wide.mul_(self.scaling).add_(rows))
+
+
+def _multiply_and_add(rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    return torch.mm(b, a, out=wide).add_(rows)
+
+
+def _add_in_product(rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    # Saves a pass over memory. Where the kernel cuts a large rank into parts, it adds one after the other.
+    return wide.copy_(rows).addmm_(b, a)
+
+
+def _multiply_by_onednn(rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    # What torch.compile calls. MKL, which `torch.mm` calls, leaves half of the vector units of some processors idle.
+    return torch.ops.mkldnn._linear_pointwise(b, a.t(), None, "none", [], "").add_(rows)
 
 
 @functools.cache
-def adds_whole_products(rows: int, rank: int, columns: int, num_threads: int) -> bool:
+def quickest_addition(rows: int, rank: int, columns: int, num_threads: int) -> Addition:
     """
-    Whether `addmm_` in float32 gives the bits of a product that is added afterwards, which it saves a pass over memory.
+    The quickest way to add a product in float32 to rows that gives the bits of `torch.mm` and a sum.
 
-    That is so where the kernel finishes a product before it adds it. Where it cuts a large rank into parts, it adds one
-    after the other, and the last digit differs. It is tried once for each shape.
+    A kernel may sum over the rank in another order, and the last digit then differs: which do is tried once for each shape,
+    on random values, and so is which takes least time.
 
     Args:
         rows, rank, columns (`int`):
@@ -97,11 +114,25 @@ def adds_whole_products(rows: int, rank: int, columns: int, num_threads: int) ->
             PyTorch's threads, by which a kernel may cut as well.
 
     Returns:
-        `bool`: Whether the bits are the same.
+        `Callable`: Takes the rows, B, A, and memory for the rows in float32; returns the sum in float32.
     """
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(max(rows, rank) * max(rank, columns), generator=generator).sub_(0.5)
-    before = values[: rows * columns].view(rows, columns)
-    a = values[-rank * columns :].view(rank, columns)
-    b = values[-rows * rank :].view(rows, rank)
-    return torch.equal(torch.addmm(before, b, a), torch.mm(b, a).add_(before))
+    before = values[: rows * columns].view(rows, columns).bfloat16()
+    a, b = values[-rank * columns :].view(rank, columns), values[-rows * rank :].view(rows, rank)
+    wide = torch.empty(rows, columns)
+    expected = _multiply_and_add(before, b, a, wide).clone()
+    seconds: dict[Addition, float] = {}
+    for add in (_multiply_and_add, _add_in_product, _multiply_by_onednn):
+        try:
+            if torch.equal(add(before, b, a, wide), expected):
+                seconds[add] = min(_seconds(add, before, b, a, wide) for _ in range(3))
+        except (AttributeError, NotImplementedError, RuntimeError):
+            continue  # this build of PyTorch has no oneDNN
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _seconds(add: Addition, *tensors: torch.Tensor) -> float:
+    started = time.perf_counter()
+    add(*tensors)
+    return time.perf_counter() - started
