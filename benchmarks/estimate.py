@@ -29,6 +29,7 @@ from peft import LoraConfig
 from transformers import Qwen2Config
 
 from gift_trl.annotation.engine import token_budget_batches
+from gift_trl.merging.products import Buffer, LoraProduct
 from gift_trl.planning.hardware import Calibration
 from gift_trl.planning.memory import TrainingSetup, training_memory
 from gift_trl.planning.placement import Placement
@@ -204,18 +205,19 @@ def merge_rates(sizes: dict[str, Any], rank: int, folder: Path) -> tuple[float, 
     """FLOP/s of a block of the update, bytes that are added in a second, and bytes that are copied in a CPU second."""
     columns = sizes["hidden_size"]
     rows = max(16, 2**18 // columns)
-    calibration = Calibration(torch.device("cpu"))
-    seconds = calibration._product(torch.float32, 1, rows, rank, columns)
-    update, weight = torch.rand(rows, columns), torch.rand(rows, columns).bfloat16()
-    adding = calibration._time(lambda: weight.float().add_(update).bfloat16())
+    calibration, buffer = Calibration(torch.device("cpu")), Buffer(torch.float32)
+    weight, wide = torch.rand(rows, columns).bfloat16(), torch.rand(rows, columns)
+    product = LoraProduct(torch.rand(rank, columns), torch.rand(rows, rank), 2.0, buffer)
+    # Through one buffer, as the merge does: fresh memory for every block would cost more than the work
+    adding = calibration._time(lambda: weight.copy_(wide.add_(weight)))
+    seconds = calibration._time(lambda: product.add_to(weight, 0)) - adding
     source, copied, size = folder / "source", folder / "copied", 2**28
     source.write_bytes(bytes(size))
-    # Through one buffer, as the merge does: fresh memory for every block would cost more than the copying
-    buffer = memoryview(bytearray(2**20))
+    held = memoryview(bytearray(2**20))
     start = time.process_time()
     with source.open("rb", buffering=0) as read, copied.open("wb", buffering=0) as write:
-        while count := read.readinto(buffer):
-            write.write(buffer[:count])
+        while count := read.readinto(held):
+            write.write(held[:count])
     copying = time.process_time() - start
     source.unlink(), copied.unlink()
     return 2 * rows * rank * columns / seconds, 12 * rows * columns / adding, 2 * size / copying

@@ -129,10 +129,12 @@ def _conclusions(experiment: Experiment, mixes: list[str], rates: list[float], s
         else:
             above = [row.method for row in rows.values() if row.against_instruct.verdict == "above"]
             sentences.append(f"On mix {mix}, above the instruct model beyond error: {', '.join(above)}.")
-    stress = {row.method: row for row in shared_rows(experiment, mixes[-1], rates[-1], size)} if mixes else {}
+    # What strains the methods most: the most noise in the references, and the largest learning rate
+    noisiest = min(mixes, key=lambda mix: MIXES[mix].canonical_share, default="")
+    stress = {row.method: row for row in shared_rows(experiment, noisiest, rates[-1], size)}
     if {"GIFT", "Shadow-FT", "Instruct-SFT"} <= stress.keys():
         sentences.append(
-            f"At the largest learning rate ({rates[-1]:g}) on mix {mixes[-1]}, all at scale 1: "
+            f"At the largest learning rate ({rates[-1]:g}) on mix {noisiest}, all at scale 1: "
             + ", ".join(f"{name} {stress[name].against_instruct}" for name in COLORS if name in stress)
             + " points from the instruct model."
         )
@@ -143,26 +145,23 @@ def _weighting_conclusions(experiment: Experiment, mixes: list[str], rates: list
     """A sentence per weighting: where it is above plain q, above the instruct model, above both, and below plain q."""
     found: dict[str, dict[str, list[str]]] = {}
     names = {treatment.name for treatment in VARIANTS}
-    for mix in mixes:
-        for rate in rates:
-            rows = {row.method: row for row in shared_rows(experiment, mix, rate, size)}
-            for name in (rows.keys() & names) if "GIFT" in rows else ():
-                row, setting = rows[name], f"{mix} {rate:g}"
-                by_gift, by_instruct = row.against(rows["GIFT"]).verdict, row.against_instruct.verdict
-                places = found.setdefault(
-                    name, {"all": [], "above q": [], "above instruct": [], "both": [], "below q": []}
-                )
-                places["all"].append(setting)
-                if by_gift == "above":
-                    places["above q"].append(setting)
-                if by_instruct == "above":
-                    places["above instruct"].append(setting)
-                if by_gift == by_instruct == "above":
-                    places["both"].append(setting)
-                if by_gift == "below":
-                    places["below q"].append(setting)
+    for setting, rows in _settings(experiment, mixes, rates, size):
+        for name in (rows.keys() & names) if "GIFT" in rows else ():
+            by_gift, by_instruct = rows[name].against(rows["GIFT"]).verdict, rows[name].against_instruct.verdict
+            places = found.setdefault(
+                name, {"all": [], "above q": [], "above instruct": [], "both": [], "below q": []}
+            )
+            places["all"].append(setting)
+            if by_gift == "above":
+                places["above q"].append(setting)
+            if by_instruct == "above":
+                places["above instruct"].append(setting)
+            if by_gift == by_instruct == "above":
+                places["both"].append(setting)
+            if by_gift == "below":
+                places["below q"].append(setting)
     sentences = [
-        f"Weights {name!r} in {len(places['all'])} settings at scale 1, beyond error: above GIFT in "
+        f"Weights {name!r} in {len(places['all'])} settings, beyond error: above GIFT in "
         f"{_listed(places['above q'])}; above the instruct model in {_listed(places['above instruct'])}; above both in "
         f"{_listed(places['both'])}; below GIFT in {_listed(places['below q'])}."
         for treatment in VARIANTS
@@ -176,8 +175,18 @@ def _weighting_conclusions(experiment: Experiment, mixes: list[str], rates: list
     return sentences
 
 
+def _settings(
+    experiment: Experiment, mixes: list[str], rates: list[float], size: int
+) -> Iterable[tuple[str, dict[str, Row]]]:
+    """The rows of every learning rate at scale 1 by method, and those of each method's own best setting."""
+    for mix in mixes:
+        for rate in rates:
+            yield f"{mix}, {rate:g}", {row.method: row for row in shared_rows(experiment, mix, rate, size)}
+        yield f"{mix}, own best", {row.method: row for row in best_rows(experiment, mix, size)}
+
+
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
+    return "; ".join(names) or "none"
 
 
 def _shared_section(experiment: Experiment, mixes: list[str], rates: list[float], size: int) -> Section:
@@ -257,24 +266,21 @@ def _other_sections(experiment: Experiment, mixes: list[str], rates: list[float]
         ("Other weights than q", "See `gift_trl/lab/weightings.py`.", VARIANTS),
     ):
         names = {treatment.name for treatment in treatments}
-        rows = []
-        for mix in mixes:
-            for rate in rates:
-                found = {row.method: row for row in shared_rows(experiment, mix, rate, size)}
-                rows += [
-                    (
-                        f"{mix}, {rate:g}",
-                        row.method,
-                        f"{row.target:.1f}",
-                        str(row.against_instruct),
-                        str(row.against(found["GIFT"])) if "GIFT" in found else "",
-                    )
-                    for row in found.values()
-                    if row.method in names
-                ]
+        rows = [
+            (
+                setting,
+                row.method,
+                f"{row.target:.1f}",
+                str(row.against_instruct),
+                str(row.against(found["GIFT"])) if "GIFT" in found else "",
+            )
+            for setting, found in _settings(experiment, mixes, rates, size)
+            for row in found.values()
+            if row.method in names
+        ]
         if rows:
             headings = ("mix, learning rate", "weights", "target %", "against instruct", "against GIFT")
-            yield Section(title, f"{note} {size} examples, scale 1.", headings, rows)
+            yield Section(title, f"{note} {size} examples, scale 1 but where each is at its own best.", headings, rows)
 
 
 def _signal_section(experiment: Experiment, mixes: list[str], rate: float, size: int) -> Section:

@@ -67,7 +67,7 @@ def test_a_grid_runs_once_and_is_reported(experiment_dir, monkeypatch):
 
     sentences = write_experiment_report(experiment, experiment_dir, command="gift-trl lab")
     assert any("GIFT is" in sentence for sentence in sentences)
-    assert any(sentence.startswith("Weights 'trust' in 2 settings") for sentence in sentences)
+    assert any(sentence.startswith("Weights 'trust' in 3 settings") for sentence in sentences)
     assert sentences[-1].startswith("Weights that beat both plain q and the instruct model")
     page = (experiment_dir / "lab.html").read_text()
     assert "LoRE-Adapt" in page and str(experiment_dir) not in page
