@@ -253,7 +253,13 @@ def weights_fingerprint(folder: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def check_output_folder(output_dir: str | os.PathLike, *, overwrite: bool = False, marks: Sequence[str] = ()) -> Path:
+def check_output_folder(
+    output_dir: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    marks: Sequence[str] = (),
+    option: str = "`overwrite=True`, `--overwrite`",
+) -> Path:
     """
     Checks that a folder may be written, before the work whose result goes there.
 
@@ -264,6 +270,8 @@ def check_output_folder(output_dir: str | os.PathLike, *, overwrite: bool = Fals
             Whether a folder that has something in it may be replaced.
         marks (`Sequence[str]`, *optional*, defaults to `()`):
             Names of files by which a folder that may be replaced is known; it has to hold one of them.
+        option (`str`, *optional*, defaults to ``"`overwrite=True`, `--overwrite`"``):
+            What the caller's user sets to have the folder replaced.
 
     Returns:
         `Path`: The folder with links and relative parts resolved.
@@ -282,8 +290,7 @@ def check_output_folder(output_dir: str | os.PathLike, *, overwrite: bool = Fals
     if output_dir.is_dir() and any(output_dir.iterdir()):
         if not overwrite:
             raise FileExistsError(
-                f"'{output_dir}' exists and is not empty: choose another output folder, or overwrite it "
-                "(`overwrite=True`, `--overwrite`)."
+                f"'{output_dir}' exists and is not empty: choose another output folder, or overwrite it ({option})."
             )
         if marks and not any((output_dir / name).is_file() for name in marks):
             raise FileExistsError(

@@ -283,11 +283,12 @@ def _check_merge_folders(settings: Any, args: GIFTConfig, resume: str | None) ->
     if not overwrite and resume is not None and _is_finished(Path(resume), args):
         # The run was killed after its merge, perhaps before its push, and only goes on from there
         overwrite = any(is_merge_of(settings, args, folder, merged) for merged in (Path(resume), adapter))
-    check_output_folder(folder, overwrite=overwrite, marks=REPLACED_MARKS)
+    option = "`merge_overwrite`"
+    check_output_folder(folder, overwrite=overwrite, marks=REPLACED_MARKS, option=option)
     if settings.merge_at_every_checkpoint and not is_own_checkpoint(args, resume) and not settings.merge_overwrite:
         for path in step_folders(folder).values():
             if path not in settings.merged_folders:
-                check_output_folder(path)
+                check_output_folder(path, option=option)
 
 
 def _is_finished(checkpoint: Path, args: GIFTConfig) -> bool:

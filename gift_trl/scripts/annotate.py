@@ -85,7 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = annotation_args.annotation_output_dir
     if output_dir is None:
         raise ValueError("Nothing says where to write: set `--annotation_output_dir`.")
-    check_output_folder(output_dir, overwrite=annotation_args.annotation_overwrite, marks=ANNOTATION_MARKS)
+    check_output_folder(
+        output_dir,
+        overwrite=annotation_args.annotation_overwrite,
+        marks=ANNOTATION_MARKS,
+        option="`annotation_overwrite`",
+    )
     repo_id = annotation_args.hub_dataset_id
     if training_args.push_to_hub and repo_id is None:
         raise ValueError(

@@ -239,7 +239,8 @@ def test_what_speaks_against_it_is_said_before_the_data_is_read(server, client, 
     # Told to, another run's model is replaced; the next run in the same folders is another one
     assert client(command, "train", "--config", push_recipe(hub_overwrite=True)) == 0
     text = error()
-    assert text.count("hub_overwrite: true") == 2 and "exists and is not empty" in text
+    assert text.count("hub_overwrite: true") == 2
+    assert "exists and is not empty" in text and "overwrite it (`merge_overwrite`)" in text
 
 
 def test_a_whole_model_is_pushed_without_a_merge(server, client, push_recipe, names, tmp_path):

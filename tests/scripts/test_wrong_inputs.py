@@ -151,7 +151,9 @@ def test_annotate_replaces_annotations_only(recipe, fails, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_text("precious")
     arguments = ["--config", recipe(), "--annotation_output_dir", str(tmp_path / "data")]
-    assert "exists and is not empty" in fails(annotate.main, *arguments)
+    assert "exists and is not empty: choose another output folder, or overwrite it (`annotation_overwrite`)" in fails(
+        annotate.main, *arguments
+    )
     message = fails(annotate.main, *arguments, "--annotation_overwrite")
     assert f"'{tmp_path / 'data'}'" in message and "no gift_provenance.json: it is not overwritten" in message
     assert (tmp_path / "data" / "train.parquet").read_text() == "precious"
