@@ -69,7 +69,8 @@ def load_recipe_datasets(
     if script_args.max_samples is not None:
         if script_args.sample_seed is not None:
             train = train.shuffle(seed=script_args.sample_seed)
-        train = train.take(script_args.max_samples)
+        count = script_args.max_samples
+        train = train.take(min(count, len(train)) if isinstance(train, Dataset) else count)
     test = map_columns(loaded[test_split], script_args, kept_columns) if evaluate else None
     return map_columns(train, script_args, kept_columns), test
 

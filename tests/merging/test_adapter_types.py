@@ -114,8 +114,6 @@ SETTINGS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("peft_type", [name for name in MERGED_TYPES if name != "LORA"])
 def test_other_types(make_checkpoint, make_adapter, tmp_path, peft_type, dtype):
-    if peft_type not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
-        pytest.skip("unknown to this PEFT")
     settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
     config_class = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     config = config_class(**{**settings, **SETTINGS.get(peft_type, {})})
@@ -142,8 +140,6 @@ def types_and_models():
 
 @pytest.mark.parametrize(("peft_type", "architecture"), list(types_and_models()))
 def test_other_types_in_other_models(make_checkpoint, make_adapter, tmp_path, peft_type, architecture):
-    if peft_type not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
-        pytest.skip("unknown to this PEFT")
     # Single files, and tied weights where the model above has none
     changes = {"tie_word_embeddings": True} if architecture == "llama" else {}
     targets = {"gpt2": ["c_attn", "c_fc"], "qwen3_moe": ["q_proj", "o_proj"]}.get(

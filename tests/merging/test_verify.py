@@ -84,8 +84,6 @@ def test_another_adapter_type(pair, make_adapter, tmp_path):
 
 @pytest.mark.parametrize("peft_type", ["GRALORA", "PEANUT"])
 def test_types_whose_factor_cannot_be_set(pair, make_adapter, tmp_path, peft_type):
-    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        pytest.skip("unknown to this PEFT")
     settings = {"r": 4, "gralora_k": 2} if peft_type == "GRALORA" else {}
     config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](
         task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], **settings
