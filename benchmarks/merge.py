@@ -4,6 +4,7 @@ Merges a LoRA adapter into a generated checkpoint in four ways, and measures CPU
     python benchmarks/merge.py --mergekit-python ENVIRONMENT/bin/python
     python benchmarks/merge.py --adapter-types all
     python benchmarks/merge.py --methods gift_trl before cp --before OTHER_CHECKOUT
+    python benchmarks/merge.py --kernels
 
 - **peft**: the usual script: load the model, `PeftModel.from_pretrained`, `merge_and_unload`, `save_pretrained`.
 - **mergekit**: `mergekit-yaml` with `model: INSTRUCT+ADAPTER`, in an environment of its own.
@@ -16,7 +17,8 @@ process and its children, less those of a process that only imports what the met
 memory above the imports. All results are compared tensor by tensor, to the last bit.
 
 With `--adapter-types`, other types of adapter take LoRA's place: each is merged by gift_trl and by PEFT into two layers of
-the same shapes, where the peak of gift_trl is that of the whole model.
+the same shapes, where the peak of gift_trl is that of the whole model. With `--kernels`, the ways to add a product to a block
+of rows are timed, in this process.
 """
 
 import argparse
@@ -299,6 +301,28 @@ def compare_types(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return types
 
 
+def time_kernels(args: argparse.Namespace) -> str:
+    """Markdown table: microseconds of each way to add a product to a block of rows, and whether it has the bits of the first."""
+    import torch
+
+    from gift_trl.merging import products
+
+    torch.set_num_threads(args.threads)
+    lines = ["| rows × columns | addition | µs | same bits | taken |", "| --- | --- | --- | --- | --- |"]
+    for columns in sorted({PRESETS[args.preset][key] for key in ("hidden_size", "intermediate_size")}):
+        rows = max(16, 2**18 // columns)
+        before, wide = torch.randn(rows, columns).bfloat16(), torch.empty(rows, columns)
+        b, a = torch.randn(rows, args.rank), torch.randn(args.rank, columns)
+        expected = products.ADDITIONS[0](before, b, a, wide).clone()
+        taken = products.quickest_addition(rows, args.rank, columns, args.threads)
+        for add in products.ADDITIONS:
+            equal = torch.equal(add(before, b, a, wide), expected)
+            seconds = min(products.seconds_of(add, before, b, a, wide) for _ in range(100))
+            words = f"{rows} × {columns:,} | {add.__name__.strip('_').replace('_', ' ')} | {1e6 * seconds:.0f}"
+            lines.append(f"| {words} | {'yes' if equal else 'no'} | {'yes' if add is taken else ''} |")
+    return "\n".join(lines)
+
+
 def _run_here(args: argparse.Namespace, code: str) -> None:
     # In a process of its own, which gives its memory back
     folder = str(Path(__file__).parent)
@@ -371,8 +395,12 @@ def main(arguments: list[str] | None = None) -> None:
         choices=[*ADAPTER_TYPES, "all"],
         help="Measure the memory of merging these types of adapter, in place of the comparison of methods.",
     )
+    parser.add_argument("--kernels", action="store_true", help="Time the ways to add a product, and nothing else.")
     parser.add_argument("--output", help="Result file; default: results/merge-cpu.json or results/merge-memory.json.")
     args = parser.parse_args(arguments)
+    if args.kernels:
+        print(time_kernels(args))
+        return
     needed = {"before": args.before, "mergekit": args.mergekit_python}
     if missing := [name for name in args.methods or () if name in needed and not needed[name]]:
         parser.error(f"{' and '.join(missing)}: name the checkout (--before) or the interpreter (--mergekit-python)")

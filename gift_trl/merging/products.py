@@ -99,6 +99,10 @@ def _multiply_by_onednn(rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor, wi
     return torch.ops.mkldnn._linear_pointwise(b, a.t(), None, "none", [], "").add_(rows)
 
 
+# The first one's bits are those of PEFT's layer
+ADDITIONS: tuple[Addition, ...] = (_multiply_and_add, _add_in_product, _multiply_by_onednn)
+
+
 @functools.cache
 def quickest_addition(rows: int, rank: int, columns: int, num_threads: int) -> Addition:
     """
@@ -121,18 +125,30 @@ def quickest_addition(rows: int, rank: int, columns: int, num_threads: int) -> A
     before = values[: rows * columns].view(rows, columns).bfloat16()
     a, b = values[-rank * columns :].view(rank, columns), values[-rows * rank :].view(rows, rank)
     wide = torch.empty(rows, columns)
-    expected = _multiply_and_add(before, b, a, wide).clone()
+    expected = ADDITIONS[0](before, b, a, wide).clone()
     seconds: dict[Addition, float] = {}
-    for add in (_multiply_and_add, _add_in_product, _multiply_by_onednn):
+    for add in ADDITIONS:
         try:
             if torch.equal(add(before, b, a, wide), expected):
-                seconds[add] = min(_seconds(add, before, b, a, wide) for _ in range(3))
+                seconds[add] = min(seconds_of(add, before, b, a, wide) for _ in range(3))
         except (AttributeError, NotImplementedError, RuntimeError):
             continue  # this build of PyTorch has no oneDNN
     return min(seconds, key=seconds.__getitem__)
 
 
-def _seconds(add: Addition, *tensors: torch.Tensor) -> float:
+def seconds_of(add: Addition, *tensors: torch.Tensor) -> float:
+    """
+    Wall time of an addition.
+
+    Args:
+        add (`Callable`):
+            The addition.
+        tensors (`torch.Tensor`):
+            What it takes.
+
+    Returns:
+        `float`: Seconds.
+    """
     started = time.perf_counter()
     add(*tensors)
     return time.perf_counter() - started

@@ -34,3 +34,10 @@ def test_a_checkout_is_what_is_imported(benchmark, tmp_path):
     (tmp_path / "gift_trl" / "__init__.py").write_text("block = bytearray(b'x' * 10) * 5_000_000\n")
     measured = benchmark.run(sys.executable, "import gift_trl; import time; time.sleep(0.2)", 1, tmp_path)
     assert 50 < measured["peak_mb"] < 200 and measured["cpu"] < 5
+
+
+def test_kernels_are_timed(benchmark, capsys):
+    benchmark.main(["--kernels", "--preset", "tiny", "--rank", "4"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 6 and "| multiply and add |" in rows[0] and " yes |" in rows[0]
+    assert sum(row.endswith("| yes |") for row in rows) == 2

@@ -36,7 +36,7 @@ def not_built(rows, b, a, wide):
 
 @pytest.mark.parametrize("other", [off_by_a_digit, not_built])
 def test_other_bits_and_missing_kernels_are_not_taken(other, monkeypatch):
-    for name in ("_add_in_product", "_multiply_by_onednn"):
-        monkeypatch.setattr(products, name, other)
-    monkeypatch.setattr(products, "_seconds", lambda add, *tensors: 0.0 if add is other else 1.0)
-    assert products.quickest_addition(16, 8, 32, 1) is products._multiply_and_add
+    first = products.ADDITIONS[0]
+    monkeypatch.setattr(products, "ADDITIONS", (first, other))
+    monkeypatch.setattr(products, "seconds_of", lambda add, *tensors: 0.0 if add is other else 1.0)
+    assert products.quickest_addition(16, 8, 32, 1) is first
