@@ -8,15 +8,11 @@ How to read the results: benchmarks/README.md.
 
 import argparse
 import copy
-import ctypes
 import functools
 import json
 import math
 import multiprocessing
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
-import trl
+from measuring import Results, add_model_options, add_options, interleave, machine, peak_of, seconds_of
 from torch.nn import LinearCrossEntropyOptions
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from trl.trainer.utils import compute_flops_per_token, get_peak_flops
@@ -173,54 +168,6 @@ def make_methods(model: PreTrainedModel, tokens_per_batch: int, tile: tuple[int,
     }
 
 
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """CPU seconds of the process, or synchronised seconds on a GPU."""
-    if device.type != "cuda":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def interleave(runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every run in every round, A B A B: a noisy neighbour then meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            seconds[name].append(seconds_of(run, device))
-    return seconds
-
-
-def peak_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Largest memory in MB during a call above what is held before it; on a CPU by the kernel's own record."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    # What is freed but not given back would be used again unseen
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        raise OSError(
-            f"The record of this process's peak memory cannot be reset ({error}), which takes Linux. Leave the memory out "
-            "with `--skip-memory`."
-        ) from error
-
-    def kilobytes(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-    before = kilobytes("VmRSS")
-    run()
-    return (kilobytes("VmHWM") - before) * 1024 / 1e6
-
-
 @torch.no_grad()
 def memory_of(method: str, args: argparse.Namespace, vocabulary: int, dtype: str) -> float:
     """Peak memory in MB above the weights of a method on the four longest rows, to be run in a fresh process."""
@@ -322,15 +269,6 @@ def compare_heads(args: argparse.Namespace, vocabulary: int, dtype: str) -> dict
     return {**shape, "machine": machine(args), "methods": results}
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on, without names of hosts or folders."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": args.threads, "gpu": gpu, **versions}
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown tables of all results of a file."""
     columns = ("preset", "vocabulary", "dtype", "tokens per batch", "plain s", "gift_trl s", "bound s")
@@ -371,18 +309,13 @@ def measure_lengths(path: str) -> str:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="Shape of the model.")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[151936], help="Sizes of the vocabulary.")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    add_model_options(parser, PRESETS)
+    add_options(parser, rounds=3)
     parser.add_argument("--rows", type=int, help=f"Rows of a round, of {DATASET_ROWS}; default: the preset's.")
-    parser.add_argument("--rounds", type=int, default=3, help="Rounds, each of which runs every method once.")
     parser.add_argument("--tokens-per-batch", type=int, help="Default: the library's own.")
     parser.add_argument("--exact-rows", type=int, default=3, help="Rows compared with the exact result; 0: none.")
     parser.add_argument("--skip-memory", action="store_true", help="Do not measure memory.")
     parser.add_argument("--head-only", action="store_true", help="Compare heads instead of models.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
-    parser.add_argument("--output-dir", default=Path(__file__).parent / "results", help="Folder of the results.")
     parser.add_argument("--measure-lengths", metavar="FILE", help="Print the lengths in a JSON-lines file and stop.")
     return parser.parse_args(arguments)
 
@@ -394,10 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.measure_lengths:
         print(measure_lengths(args.measure_lengths))
         return
-    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
-    path = Path(args.output_dir) / f"annotation-{name.lower().replace(' ', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "heads": {}}
+    results = Results(args, "annotation", "runs", "heads")
     for vocabulary in args.vocab:
         for dtype in args.dtype:
             if args.head_only:
@@ -405,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 run = compare(args, vocabulary, dtype)
                 results["runs"][f"{args.preset} {vocabulary} {dtype} {run['tokens_per_batch']}"] = run
-            path.write_text(json.dumps(results, indent=2) + "\n")
+            results.save()
     print(table(results))
 
 

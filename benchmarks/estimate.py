@@ -7,7 +7,6 @@ How to read the results: benchmarks/README.md.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import shutil
@@ -25,6 +24,7 @@ import merge
 import numpy as np
 import torch
 import training_step
+from measuring import Results, add_options, machine, seconds_of
 from peft import LoraConfig
 from transformers import Qwen2Config
 
@@ -144,7 +144,7 @@ def compare_training(name: str, args: argparse.Namespace) -> dict[str, Any]:
             step()
         for _ in range(args.rounds):
             calibration.measure(operations)
-            seconds.append(annotation.seconds_of(step, cpu))
+            seconds.append(seconds_of(step, cpu))
         step(), step()
     result = {"shape": shape.title, "seconds": pair(calibration.hardware().seconds(operations), seconds)}
     if not args.skip_memory:
@@ -168,7 +168,7 @@ def compare_annotation(vocabulary: int, args: argparse.Namespace) -> dict[str, A
     calibration, seconds = Calibration(cpu), []
     for _ in range(args.rounds):
         calibration.measure(operations)
-        seconds.append(annotation.seconds_of(run, cpu))
+        seconds.append(seconds_of(run, cpu))
     count = len(token_budget_batches(lengths.tolist(), tokens))
     title = f"{len(rows)} rows, {lengths.sum():,} tokens in {count} batches, {vocabulary:,}"
     return {"shape": title, "seconds": pair(batches * calibration.hardware().seconds(operations), seconds)}
@@ -247,23 +247,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, nargs="*", default=[151936, 32000], help="Of the annotation.")
     parser.add_argument("--layers", type=int, nargs="*", default=list(MERGED_LAYERS), help="Of the merge.")
     parser.add_argument("--rank", type=int, default=64, help="Of the adapter that is merged.")
-    parser.add_argument("--rounds", type=int, default=3, help="Measurements, each after a calibration.")
+    add_options(parser, 3, "Measurements, each after a calibration.")
     parser.add_argument("--skip-memory", action="store_true", help="Do not measure memory.")
     parser.add_argument("--tiny", action="store_true", help="Tiny models for annotation and merge, for the tests.")
     parser.add_argument("--check", action="store_true", help=f"Fail if a ratio is off by more than {BOUND:.0%}.")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
-    parser.add_argument("--output-dir", default=Path(__file__).parent / "results", help="Folder of the results.")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
-    facts = annotation.machine(argparse.Namespace(device="cpu", threads=args.threads))
-    path = Path(args.output_dir) / "estimate-cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.is_file() else {"stages": {}}
-    results["machine"] = facts
+    results = Results(args, "estimate", "stages")
+    results["machine"] = machine(argparse.Namespace(device="cpu", threads=args.threads))
     runs = [("training", name, partial(compare_training, name, args)) for name in args.shapes]
     runs += [("annotation", str(size), partial(compare_annotation, size, args)) for size in args.vocab]
     runs += [("merge", str(layers), partial(compare_merge, layers, args)) for layers in args.layers]
@@ -271,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stage, name, compare in runs:
         run = compare()
         results["stages"].setdefault(stage, {})[name] = run
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        results.save()
         off = [key for key in ("peak_mb", "seconds") if key in run and abs(run[key]["ratio"] - 1) > BOUND]
         failures += [f"{stage} {name}: {key} {run[key]['ratio']:.2f}" for key in off]
         print(

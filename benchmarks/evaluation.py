@@ -8,17 +8,16 @@ How to read the results: benchmarks/README.md.
 
 import argparse
 import functools
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from annotation import CHARACTERS_PER_TOKEN, LOGIT_DEVIATION, PERCENTILES, PROMPT_CHARACTERS, PROMPT_TOKENS, machine
-from annotation import interleave as seconds_in_turns
+from annotation import CHARACTERS_PER_TOKEN, LOGIT_DEVIATION, PERCENTILES, PROMPT_CHARACTERS, PROMPT_TOKENS
+from measuring import Results, add_model_options, add_options, machine
+from measuring import interleave as seconds_in_turns
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
@@ -207,9 +206,8 @@ def table(results: dict[str, Any]) -> str:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="Shape of the model.")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[151936], help="Sizes of the vocabulary.")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    add_model_options(parser, PRESETS)
+    add_options(parser, rounds=3)
     parser.add_argument("--samples", type=int, default=4, help="Answers to each problem.")
     parser.add_argument("--batch-size", type=int, default=16, help="Rows of a batch in file order, and of lm-eval's.")
     parser.add_argument(
@@ -220,20 +218,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peer", choices=["lm-eval"], help="A further peer, which has to be installed.")
     parser.add_argument("--growth", action="store_true", help="Measure how the cost of a token grows instead.")
-    parser.add_argument("--rounds", type=int, default=3, help="Rounds, each of which runs every method once.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
-    parser.add_argument("--output-dir", default=Path(__file__).parent / "results", help="Folder of the results.")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
-    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
-    path = Path(args.output_dir) / f"evaluation-{name.lower().replace(' ', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "growth": {}}
+    results = Results(args, "evaluation", "runs", "growth")
     for vocabulary in args.vocab:
         for dtype in args.dtype:
             title = f"{args.preset} {vocabulary} {dtype}"
@@ -241,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
                 results["growth"][title] = measure_growth(args, vocabulary, dtype)
             else:
                 results["runs"][title] = compare(args, vocabulary, dtype)
-            path.write_text(json.dumps(results, indent=2) + "\n")
+            results.save()
     print(table(results))
 
 

@@ -10,7 +10,6 @@ import argparse
 import copy
 import ctypes
 import gc
-import json
 import math
 import multiprocessing
 import random
@@ -18,14 +17,14 @@ import statistics
 import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from annotation import LOGIT_DEVIATION, machine, peak_of, seconds_of
+from annotation import LOGIT_DEVIATION
 from datasets import Dataset
+from measuring import Results, add_model_options, add_options, machine, peak_of, seconds_of
 from peft import LoraConfig
 from step_audit import audit_steps
 from tokenizers import Tokenizer, models
@@ -293,34 +292,25 @@ def violations(run: dict[str, Any], bound: float) -> list[str]:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="Shape of the model.")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[151936], help="Sizes of the vocabulary.")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--rounds", type=int, default=15, help="Rounds, each of which runs a step of every method.")
+    add_model_options(parser, PRESETS)
+    add_options(parser, 15, "Rounds, each of which runs a step of every method.")
     parser.add_argument("--online", action="store_true", help="GIFT with confidences made on the fly, too.")
     parser.add_argument("--control", action="store_true", help="A second SFTTrainer, too: its ratio is noise alone.")
     parser.add_argument("--check", action="store_true", help="Fail if GIFT costs too much more than SFTTrainer.")
     parser.add_argument("--skip-memory", action="store_true", help="Do not measure memory.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
-    parser.add_argument("--output-dir", default=Path(__file__).parent / "results", help="Folder of the results.")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
-    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
-    path = Path(args.output_dir) / f"training-step-{name.lower().replace(' ', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.is_file() else {"runs": {}}
-    failures = []
+    results, failures = Results(args, "training-step", "runs"), []
     for vocabulary in args.vocab:
         for dtype in args.dtype:
             run = compare(args, vocabulary, dtype)
             title = f"{args.preset} {vocabulary} {dtype}"
             results["runs"][title] = run
-            path.write_text(json.dumps(results, indent=2) + "\n")
+            results.save()
             failures += [f"{title}: {text}" for text in violations(run, BOUNDS[torch.device(args.device).type])]
     print(table(results))
     if args.check and failures:
