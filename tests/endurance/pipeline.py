@@ -298,7 +298,9 @@ class Pipeline:
 
     def _notes(self, stage: str) -> list[dict]:
         module = "annotate" if stage == "annotate" else "train"
-        return [json.loads(path.read_text()) for path in self.folder.glob(f"{module}-rank*.json")]
+        # Empty is one whose process was killed, or found the disk full, as it wrote it after the command
+        texts = [path.read_text() for path in sorted(self.folder.glob(f"{module}-rank*.json"))]
+        return [json.loads(text) for text in texts if text]
 
     def _open(self, name: str) -> Path:
         self.folder = self.disk.folder / name
