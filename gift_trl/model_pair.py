@@ -46,12 +46,15 @@ def load_config(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedConfig
 
     Raises:
         `FileNotFoundError`: If there is neither such a folder nor such a repository within reach.
+        `ValueError`: If it has code of its own, and `trust_remote_code` is not set.
     """
     if not isinstance(model, str):
         return model.config
     try:
         return AutoConfig.from_pretrained(model, **kwargs)
     except (OSError, ValueError) as error:
+        if _needs_trust(error):
+            raise
         raise FileNotFoundError(
             f"`{model}` has no readable model configuration: {str(error).splitlines()[0]} Give a folder that "
             "`save_pretrained` wrote, or the id of a model repository on the Hub."
@@ -72,7 +75,7 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
         [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
 
     Raises:
-        `ValueError`: If no tokenizer can be found there.
+        `ValueError`: If no tokenizer can be found there, or it has code of its own and `trust_remote_code` is not set.
     """
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     try:
@@ -80,10 +83,17 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
             raise OSError("the model was built in memory and names no checkpoint.")
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
+        if _needs_trust(error):
+            raise
         raise ValueError(
             f"No tokenizer was found for the model `{name}`: {str(error).splitlines()[0]} Pass the instruct model's "
             "tokenizer as `processing_class`."
         ) from error
+
+
+def _needs_trust(error: Exception) -> bool:
+    # Transformers' own words name the cause and the remedy
+    return "trust_remote_code=True" in str(error)
 
 
 def check_same_architecture(

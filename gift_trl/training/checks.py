@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import ParallelismConfig
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -26,6 +25,7 @@ from gift_trl.annotation.provenance import (
 )
 from gift_trl.annotation.tokenization import prepare_processing_class
 from gift_trl.model_pair import check_same_architecture, check_same_vocabulary, load_tokenizer
+from gift_trl.training.callback import adapter_config
 from gift_trl.training.config import GIFTConfig
 
 
@@ -95,8 +95,8 @@ def check_supported(
         raise TypeError(
             f"`peft_config` is a `{type(peft_config).__name__}`. Give a `peft.PeftConfig`, such as `peft.LoraConfig`."
         )
-    has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-    if args.borrow_instruct_token_rows and not has_adapter:
+    adapter = adapter_config(model, peft_config)
+    if args.borrow_instruct_token_rows and adapter is None:
         raise ValueError(
             "`borrow_instruct_token_rows` holds the instruct model's rows frozen, and without an adapter every weight is "
             "trained. Pass a `peft_config` (`use_peft: true`), or unset it."
@@ -110,7 +110,7 @@ def check_supported(
         raise ValueError("Packing joins rows up to `max_length` tokens, but `max_length` is None. Set it.")
     if args.padding_free and not args.packing and args.max_length is not None:
         raise ValueError(
-            "`padding_free=True` without packing does not enforce `max_length`. Set `max_length` to None, or pack."
+            "With `padding_free=True` and without packing, `max_length` is not enforced. Set `max_length` to None, or pack."
         )
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"`truncation_mode` is {args.truncation_mode!r}; choose 'keep_start'.")
@@ -119,15 +119,15 @@ def check_supported(
             f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset`. Pass "
             "one, or set `eval_strategy` to 'no'."
         )
-    targets = getattr(peft_config, "target_modules", None)
+    targets = getattr(adapter, "target_modules", None)
     if not isinstance(targets, str) and any(t.rpartition(".")[2] == "lm_head" for t in targets or ()):
         raise ValueError(
             "`lm_head` is among the `target_modules`, and TRL's loss bypasses an adapter on it, so that it would never be "
             "trained. Remove it."
         )
-    if peft_config is not None and peft_config.is_prompt_learning:
+    if adapter is not None and adapter.is_prompt_learning:
         raise ValueError(
-            f"`{PeftType(peft_config.peft_type).value}` adds virtual tokens and changes no weight, so it cannot be "
+            f"`{PeftType(adapter.peft_type).value}` adds virtual tokens and changes no weight, so it cannot be "
             "merged into the instruct model. Use a LoRA configuration."
         )
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):

@@ -22,6 +22,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from gift_trl.annotation.provenance import library_versions, read_provenance
+from gift_trl.annotation.tokenization import prepare_processing_class
 from gift_trl.cards import GIFT_CITATION, Source, TrainingFacts, is_hub_id, write_card
 from gift_trl.checkpoints import ADAPTER_FILE, CARD_FILE
 from gift_trl.model_pair import end_of_turn_token_ids
@@ -116,7 +117,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
     loss_is_scaled_for_ga: Any
     _signature_columns: Any
 
-    _tag_names = ["trl", "gift"]
+    _tag_names = ["trl", "sft", "gift"]
     _name = "GIFT"
     _paper = {
         "title": "GIFT: Guided Fine-Tuning and Transfer for Enhancing Instruction-Tuned Language Models",
@@ -159,6 +160,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 args = callback.before_annotation(args, adapter_config(model, peft_config))
         knows_tokenizer = instruct_model is not None or processing_class is not None
 
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required. Give a `Dataset` or `IterableDataset`.")
         if not isinstance(train_dataset, (Dataset, IterableDataset)):
             raise TypeError(
                 f"`train_dataset` is a `{type(train_dataset).__name__}`. Give a `Dataset` or `IterableDataset`: one split "
@@ -172,6 +175,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             )
         self._dataset_sources = dataset_sources(train_dataset)
         processing_class = choose_processing_class(model, instruct_model, args, processing_class)
+        if args.confidence_source == "online":
+            prepare_processing_class(processing_class, args)  # refuses what the annotation would
         self._confidence_source = ConfidenceSource(
             args,
             instruct_model,
@@ -206,6 +211,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            # Annotated rows are formatted and tokenised already
+            formatting_func=formatting_func if self._confidence_source.is_online else None,
         )
 
         if data_collator is None and not self._confidence_source.is_online:

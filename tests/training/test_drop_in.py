@@ -418,14 +418,17 @@ def test_streams(formats, train, pair, config, chat_tokenizer, settings):
     assert_same_logs(gift, sft)
 
 
+@pytest.mark.parametrize("source", ["offline", "online"])
 @pytest.mark.parametrize("name", ["question and answer", "prompt-completion"])
-def test_formatting_functions(formats, same, name):
+def test_formatting_functions(formats, same, name, source):
     def formatting_func(row):
         return " -> ".join(str(row[column]) for column in sorted(row) if column != "text")
 
     settings = {"completion_only_loss": False} if name == "prompt-completion" else {}
-    settings = {**settings, "eval_strategy": "steps", "eval_steps": 2}
-    same(formats[name], settings, formatting_func=formatting_func, eval_dataset=formats[name])
+    settings = {**settings, "eval_strategy": "steps", "eval_steps": 2, "confidence_source": source}
+    # A column that would be taken without the function
+    data = formats[name].add_column("text", ["raw"] * 8) if name == "question and answer" else formats[name]
+    same(data, settings, formatting_func=formatting_func, eval_dataset=data)
 
 
 def test_a_text_field_of_another_name(formats, same):
@@ -555,9 +558,31 @@ def test_the_constructor_takes_what_sft_s_takes():
     ],
 )
 def test_what_sft_refuses_is_refused(formats, train, name, settings, kwargs, error):
-    for trainer_class in (SFTTrainer, GIFTSFTTrainer):
+    for trainer_class, source in ((SFTTrainer, "offline"), (GIFTSFTTrainer, "offline"), (GIFTSFTTrainer, "online")):
         with pytest.raises(error):
-            train(trainer_class, formats[name], settings, **kwargs)
+            train(trainer_class, formats[name], {"confidence_source": source, **settings}, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("text", {}),
+        ("turns", {"assistant_only_loss": True}),
+        ("prompt-completion", {}),
+        ("ids and mask", {"completion_only_loss": True}),
+        ("tools", {}),
+        ("columns of one's own", {}),
+        ("question and answer", {}),
+        ("text", {"shuffle_dataset": True}),
+        ("messages", {"packing": True, "max_length": 40}),
+    ],
+)
+def test_online_rows_are_those_of_sft(formats, same, name, settings):
+    def formatting_func(row):
+        return f"{row['question']} -> {row['answer']}"
+
+    kwargs = {"formatting_func": formatting_func} if name == "question and answer" else {}
+    same(formats[name], {"max_steps": 1, "confidence_source": "online", **settings}, **kwargs)
 
 
 @pytest.mark.parametrize(

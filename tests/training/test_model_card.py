@@ -21,7 +21,7 @@ def test_cards_of_a_run(pair, conversations, config, run, tmp_path):
         assert str(tmp_path) not in card.content and pair[0] not in card.content, folder
         # The pair has no name on the Hub, and a folder of this machine is no name
         assert card.data.base_model is None
-        assert set(card.data.tags) == {"trl", "gift", "lora"} and card.data.library_name == "peft"
+        assert set(card.data.tags) == {"trl", "sft", "gift", "lora"} and card.data.library_name == "peft"
         assert "the base model `base`" in card.text and "merged into `instruct`" in card.text
         assert "| confidences | 8 rows by instruct, float32 |" in card.text
         assert "| rows per step | 8 = 8 × 1 × 1 (per device × accumulation steps × processes) |" in card.text

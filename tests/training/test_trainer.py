@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -150,7 +150,7 @@ def test_two_instruct_models_are_one_too_many(pair, config, conversations, no_we
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"padding_free": True}, "does not enforce `max_length`"),
+        ({"padding_free": True}, "`max_length` is not enforced"),
         ({"packing": True, "max_length": None}, "`max_length` is None"),
         ({"eval_strategy": "epoch"}, "there is no `eval_dataset`"),
         ({"truncation_mode": "middle"}, "`truncation_mode` is 'middle'"),
@@ -205,9 +205,10 @@ def test_a_prediction_annotates_too(pair, config, conversations, lora):
 def test_arguments_of_a_wrong_type(pair, config, conversations):
     with pytest.raises(TypeError, match="`peft_config` is a `dict`"):
         construct(pair, config, conversations, peft_config={"r": 4})
-    for dataset in (None, conversations.to_list()):
-        with pytest.raises(TypeError, match=f"`train_dataset` is a `{type(dataset).__name__}`"):
-            construct(pair, config, dataset)
+    with pytest.raises(TypeError, match="`train_dataset` is a `list`"):
+        construct(pair, config, conversations.to_list())
+    with pytest.raises(ValueError, match="`train_dataset` is required"):  # as in SFTTrainer
+        construct(pair, config, None)
 
 
 def test_rows_without_a_target_are_left_out(pair, config, conversations):
@@ -280,6 +281,44 @@ def test_vocabularies_that_differ_are_refused(pair, config, conversations, tmp_p
 def test_what_has_no_meaning_for_gift_is_refused(pair, config, conversations, settings, kwargs, message, no_weights):
     with pytest.raises((ValueError, TypeError), match=message):
         construct(pair, config, conversations, args=config(**settings), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "message"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "`PROMPT_TUNING` adds virtual tokens"),
+        (LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"), "`lm_head` is among"),
+    ],
+    ids=["prompt tuning", "head"],
+)
+def test_an_adapter_that_the_model_has_is_refused_like_one_to_come(pair, config, conversations, peft_config, message):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), peft_config)
+    with pytest.raises(ValueError, match=message):
+        GIFTSFTTrainer(model, config(), train_dataset=conversations, instruct_model=pair[1])
+
+
+@pytest.mark.parametrize("source", ["offline", "online"])
+def test_a_chat_template_of_another_tokenizer_is_refused(pair, config, conversations, source, no_weights):
+    args = config(chat_template_path=pair[0], confidence_source=source)
+    with pytest.raises(ValueError, match=r"which is no Jinja file\. Cloning a template"):
+        construct(pair, config, conversations, args=args)
+
+
+@pytest.mark.parametrize("place", ["base", "instruct"])
+def test_code_of_a_model_s_own_is_named_with_its_remedy(pair, config, conversations, tmp_path, place):
+    folder = tmp_path / "own"
+    shutil.copytree(pair[place == "instruct"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "configuration_own.py").write_text("raise RuntimeError('ran')\n")
+    models = {"base": pair[0], "instruct": pair[1], place: str(folder)}
+    with pytest.raises(ValueError, match="Please pass the argument `trust_remote_code=True`"):
+        GIFTSFTTrainer(
+            models["base"],
+            config(instruct_model_name_or_path=models["instruct"]),
+            train_dataset=conversations,
+        )
 
 
 @pytest.mark.parametrize("size", ["CP", "SP"])
