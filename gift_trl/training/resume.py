@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,6 +103,31 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
     return None if found[0] is None else str(Path(str(args.output_dir)) / found[0])
 
 
+def finish_rotation(args: TrainingArguments, checkpoint: str) -> None:
+    """
+    Deletes the rest of a checkpoint that a killed run was deleting, to keep no more than `save_total_limit`.
+
+    By the time of its change transformers would take it for the newest, and delete others in its place.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the trainer.
+        checkpoint (`str`):
+            The checkpoint that the run goes on from.
+    """
+    newest, output_dir = Path(checkpoint), Path(str(args.output_dir))
+    if not args.save_total_limit or newest.parent.resolve() != output_dir.resolve():
+        return
+    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) >= 0]
+    if len(folders) <= args.save_total_limit:
+        return
+    state = json.loads((newest / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    best = Path(state.get("best_model_checkpoint") or "").name
+    for path in folders:
+        if _step(path) < _step(newest) and path.name != best and not _names(newest) <= _names(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
     """
@@ -186,6 +212,11 @@ def _step(path: Path) -> int:
     """Number of the step, -1 for what is no checkpoint."""
     step = path.name.rpartition("-")[2]
     return int(step) if step.isdigit() and path.is_dir() else -1
+
+
+def _names(checkpoint: Path) -> set[str]:
+    """What is in a checkpoint, without the numbers of steps and processes."""
+    return {re.sub(r"\d+", "#", str(path.relative_to(checkpoint))) for path in checkpoint.rglob("*")}
 
 
 def _has_state(path: Path) -> bool:

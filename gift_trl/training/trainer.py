@@ -49,7 +49,13 @@ from gift_trl.training.model_card import (
     without_peft_card,
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
-from gift_trl.training.resume import clear_checkpoint, explain_full_disk, find_checkpoint, logged_tokens
+from gift_trl.training.resume import (
+    clear_checkpoint,
+    explain_full_disk,
+    find_checkpoint,
+    finish_rotation,
+    logged_tokens,
+)
 from gift_trl.training.token_rows import check_token_rows
 from gift_trl.training.weights import token_weights
 
@@ -282,6 +288,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         resume_from_checkpoint = find_checkpoint(self.args, resume_from_checkpoint)
+        if resume_from_checkpoint is not None and self.args.should_save:
+            finish_rotation(self.args, resume_from_checkpoint)
         self._signal.clear("train")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StageCallback):

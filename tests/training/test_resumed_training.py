@@ -1,6 +1,7 @@
 """A run that was killed goes on from the last checkpoint that was written to its end."""
 
 import errno
+import glob
 import os
 import shutil
 
@@ -85,6 +86,26 @@ def test_checkpoints_without_the_optimizer(interrupted, caplog):
     resumed = train(folder, resume=True, save_only_model=True)
     assert resumed.state.global_step == 6
     assert "`checkpoint-4` was saved without the state of the optimizer" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["trainer_state.json", "optimizer.pt"])
+@pytest.mark.parametrize("max_steps", [6, 8])
+def test_a_checkpoint_that_was_being_deleted_is_deleted(interrupted, max_steps, lost):
+    # Its folder has just been changed, by which transformers would take it for the newest, and delete others
+    _, train, whole = interrupted
+    folder = whole.args.output_dir
+    os.unlink(f"{folder}/checkpoint-2/{lost}")
+    train(folder, resume=True, save_total_limit=2, max_steps=max_steps)
+    assert set(glob.glob("checkpoint-*", root_dir=folder)) == {f"checkpoint-{max_steps - step}" for step in (0, 2)}
+
+
+def test_older_checkpoints_stay_unless_they_were_being_deleted(interrupted):
+    folder, train, _ = interrupted
+    files = {path.name for path in (folder / "checkpoint-2").iterdir()}
+    (folder / "checkpoint-4" / "of one's own").touch()
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()
+    train(folder, resume=True, save_total_limit=3)  # too few for any to be deleted
+    assert {path.name for path in (folder / "checkpoint-2").iterdir()} == files - {"trainer_state.json"}
 
 
 def test_no_checkpoint_to_go_on_from(interrupted, tmp_path):
