@@ -339,7 +339,16 @@ class MergeAndPushCallback(StageCallback):
         if self._merged_id is not None and folder.is_dir():
             card = (folder, self._merged_id, branch, self._adapter_id)
             self._try(f"The card of '{folder}' is not written", complete_merged_card, *card)
-            self._uploads.add(self._merged_upload(message, step))
+            upload = self._merged_upload(message, step)
+            if (folder / CARD_FILE).is_file():
+                self._uploads.add(upload)
+                return
+            # A full disk may be the cause; the card would be a second commit
+            self._problems.append(
+                f"{CARD_FILE} was not written into '{folder}', which is not pushed without it. See the warning above, make room "
+                f"if the disk is full, and run `{upload.command()}`."
+            )
+            logger.warning(self._problems[-1])
 
     def _merged_upload(self, message: str | None, step: int | None) -> Upload:
         folder, branch, tag = self._merged(step)

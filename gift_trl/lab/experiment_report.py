@@ -362,10 +362,10 @@ def _json(experiment: Experiment) -> str:
             "num_examples": run.cell.num_examples,
             "method": run.treatment,
             "merge": merge,
-            **scores.accuracies,
-            "validation": 100 * sum(run.validation[merge]) / len(run.validation[merge]),
-            "signal": run.signal,
-            "training_loss": run.training_loss,
+            **{name: round(accuracy, 3) for name, accuracy in scores.accuracies.items()},
+            "validation": round(100 * sum(run.validation[merge]) / len(run.validation[merge]), 3),
+            "signal": [round(share, 3) for share in run.signal],
+            "training_loss": round(run.training_loss, 6),
         }
         for run in experiment.runs
         for merge, scores in run.scores.items()
@@ -374,4 +374,6 @@ def _json(experiment: Experiment) -> str:
         seed: {name: scores.accuracies for name, (scores, _) in found.items()}
         for seed, found in experiment.models.items()
     }
-    return json.dumps({"versions": library_versions(), "models": models, "runs": runs}, indent=1) + "\n"
+    facts = json.dumps({"versions": library_versions(), "models": models})
+    lines = ",\n".join(json.dumps(run) for run in runs)  # a line for each, to be looked at and compared
+    return f'{facts[:-1]}, "runs": [\n{lines}\n]}}\n'

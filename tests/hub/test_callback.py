@@ -1,10 +1,12 @@
 """`MergeAndPushCallback`, from Python and from a recipe, against a Hub on the loopback interface."""
 
 import contextlib
+import errno
 import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -36,6 +38,12 @@ def command(main: str, *arguments: str, log: Path | None = None) -> int:
         except SystemExit as end:
             return end.code
     return 0
+
+
+def command_on_a_full_disk(main: str, *arguments: str, log: Path) -> int:
+    """The same, where no card can be written."""
+    with mock.patch("gift_trl.cards.whole_file", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        return command(main, *arguments, log=log)
 
 
 def train_in_python(pair, rows, folder: Path, ids: tuple[str, str], *, later: bool) -> tuple[bool, str]:
@@ -167,6 +175,17 @@ def test_a_failed_push_loses_nothing(server, client, push_recipe, names, tmp_pat
     expected = (tmp_path / "alone" / "model.safetensors").read_bytes()
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == expected
     assert server.files("model", names[1])["model.safetensors"] == expected
+
+
+def test_a_merged_model_is_not_pushed_without_its_card(server, client, push_recipe, names, tmp_path):
+    log = tmp_path / "log"
+    assert client(command_on_a_full_disk, "train", "--config", push_recipe(), log=log) == 1
+    error = log.read_text().rpartition("error: ")[2]
+    assert "The training is complete" in error and error.count("README.md was not written") == 1
+    assert ("model", names[1]) not in server.repositories and len(messages(server, names[0])) == 1
+    told = error.split("`gift-trl push ", 1)[1].split("`", 1)[0]
+    assert client(command, "push", *shlex.split(told)) == 0
+    assert len(messages(server, names[1])) == 1 and "README.md" in server.files("model", names[1])
 
 
 def test_a_failed_merge_stops_no_training(server, client, push_recipe, names, tmp_path):
