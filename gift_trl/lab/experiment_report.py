@@ -118,7 +118,7 @@ def _conclusions(experiment: Experiment, mixes: list[str], rates: list[float], s
         )
         sentences.append(
             f"Mix {mix}, each method at its own best learning rate and scale: GIFT is {gift.against_instruct} points from "
-            f"the instruct model ({gift.against_instruct.verdict}); {against}."
+            f"the instruct model ({gift.against_instruct.verdict}){'; ' if against else ''}{against}."
         )
         best = max(rows.values(), key=lambda row: row.against_instruct.mean)
         if best.against_instruct.verdict != "above":
