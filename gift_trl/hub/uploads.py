@@ -50,9 +50,9 @@ class PushLedger:
         """Forgets the branches of an earlier run."""
         self._file.unlink(missing_ok=True)
 
-    def add(self, repo_id: str, revision: str | None) -> None:
-        """Notes a branch."""
-        self._write([*self._read(), _branch_name(repo_id, revision)])
+    def add(self, repo_id: str, revision: str | None) -> bool:
+        """Notes a branch; returns whether that found room."""
+        return self._write([*self._read(), _branch_name(repo_id, revision)])
 
     def remove(self, repo_id: str, revision: str | None) -> None:
         """Forgets a branch, to which nothing was pushed after all."""
@@ -64,16 +64,17 @@ class PushLedger:
         except (OSError, ValueError):
             return []
 
-    def _write(self, names: list[str]) -> None:
+    def _write(self, names: list[str]) -> bool:
+        temporary = self._file.with_name(f"{_LEDGER_FILE}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_name(f"{_LEDGER_FILE}.{uuid.uuid4().hex[:12]}.tmp")
             temporary.write_text(json.dumps(names), encoding="utf-8")
             os.replace(temporary, self._file)
         except OSError as error:  # no reason to stop a training
-            logger.warning(
-                f"`{self._file}` was not written, and if the run is killed, `hub_overwrite` is needed: {error}"
-            )
+            temporary.unlink(missing_ok=True)
+            logger.warning(f"`{self._file}` was not written: {error}")
+            return False
+        return True
 
 
 @dataclass
@@ -129,6 +130,8 @@ class UploadQueue:
         # Branches of which it is known that what they hold is this run's
         self._owned: set[tuple[str, str | None]] = set()
         self._queue: queue.Queue[Upload] = queue.Queue(_MAX_PENDING)
+        # Branches of which nothing could be noted, and so nothing was pushed
+        self._unnoted: set[tuple[str, str | None]] = set()
         self._thread: threading.Thread | None = None
         self._shows_bars = not are_progress_bars_disabled()
 
@@ -140,13 +143,24 @@ class UploadQueue:
             self._thread.start()
         if self._shows_bars:
             disable_progress_bars()  # they would be drawn across the one of the training
-        if all(earlier.target != upload.target for earlier in self._uploads):
+        is_first = all(earlier.target != upload.target for earlier in self._uploads)
+        if is_first or upload.target in self._unnoted:
+            self._unnoted.discard(upload.target)
             if upload.target in self._ledger:
                 self._owned.add(upload.target)
-            else:
-                # Long before it is done: the commit may be made and the process killed before its answer comes
-                self._ledger.add(*upload.target)
+            # Long before it is done: the commit may be made and the process killed before its answer comes
+            elif not self._ledger.add(*upload.target):
+                self._unnoted.add(upload.target)
+                upload.problem = (
+                    f"Nothing was pushed to '{upload.repo_id}': a note of it found no room in the run's folder, without which "
+                    f"the run could not go on after a kill. Make room, and run `{upload.command()}`."
+                )
+                logger.warning(upload.problem)
         self._uploads.append(upload)
+        if upload.problem is not None:
+            if upload.is_snapshot:
+                shutil.rmtree(upload.folder, ignore_errors=True)
+            return
         self._queue.put(upload)
 
     def is_pending(self, target: tuple[str, str | None]) -> bool:

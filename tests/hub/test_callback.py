@@ -46,6 +46,12 @@ def command_on_a_full_disk(main: str, *arguments: str, log: Path) -> int:
         return command(main, *arguments, log=log)
 
 
+def command_without_notes(main: str, *arguments: str, log: Path) -> int:
+    """The same, where the note of a push finds no room."""
+    with mock.patch("gift_trl.hub.uploads.PushLedger._write", return_value=False):
+        return command(main, *arguments, log=log)
+
+
 def train_in_python(pair, rows, folder: Path, ids: tuple[str, str], *, later: bool) -> tuple[bool, str]:
     args = GIFTConfig(
         str(folder / "adapter"),
@@ -186,6 +192,17 @@ def test_a_merged_model_is_not_pushed_without_its_card(server, client, push_reci
     told = error.split("`gift-trl push ", 1)[1].split("`", 1)[0]
     assert client(command, "push", *shlex.split(told)) == 0
     assert len(messages(server, names[1])) == 1 and "README.md" in server.files("model", names[1])
+
+
+def test_nothing_is_pushed_that_a_resumed_run_could_not_replace(server, client, push_recipe, names, tmp_path):
+    log = tmp_path / "log"
+    assert client(command_without_notes, "train", "--config", push_recipe(), log=log) == 1
+    error = log.read_text().rpartition("error: ")[2]
+    assert error.count("a note of it found no room") == 2
+    assert not any(("model", name) in server.repositories for name in names)
+    for told in error.split("`gift-trl push ")[1:]:
+        assert client(command, "push", *shlex.split(told.split("`", 1)[0])) == 0
+    assert [len(messages(server, name)) for name in names] == [1, 1]
 
 
 def test_a_failed_merge_stops_no_training(server, client, push_recipe, names, tmp_path):
