@@ -35,6 +35,7 @@ from gift_trl.checkpoints import (
     weights_fingerprint,
     write_folder,
 )
+from gift_trl.leftovers import whole_file
 from gift_trl.merging.kinship import measure_kinship
 from gift_trl.merging.methods import merge_by_method
 from gift_trl.merging.preflight import AdapterPlan, MergePlan, preflight
@@ -384,9 +385,8 @@ def _copy_companions(plan: MergePlan, folder: Path) -> None:
     for file in sorted(files, key=lambda file: file.name == "config.json"):
         copy = folder / file.relative_to(plan.instruct_dir)
         copy.parent.mkdir(exist_ok=True)
-        partial = copy.with_name(f"{copy.name}.partial")
-        shutil.copyfile(file, partial)
-        os.rename(partial, copy)
+        with whole_file(copy) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def _nothing_changed(scale: float, dtypes: set[str]) -> str:

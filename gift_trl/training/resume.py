@@ -122,9 +122,9 @@ def finish_rotation(args: TrainingArguments, checkpoint: str) -> None:
     if len(folders) <= args.save_total_limit:
         return
     state = json.loads((newest / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    best = Path(state.get("best_model_checkpoint") or "").name
+    best, names = Path(state.get("best_model_checkpoint") or "").name, _names(newest)
     for path in folders:
-        if _step(path) < _step(newest) and path.name != best and not _names(newest) <= _names(path):
+        if _step(path) < _step(newest) and path.name != best and not names <= _names(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
