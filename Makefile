@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/gift-trl quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest --numprocesses logical --maxprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses logical --maxprocesses 2 --dist loadfile --max-worker-restart 0
 
 test-lowest:
 	.ci/test_lowest $(PYTHON)

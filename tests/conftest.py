@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+import threading
+import time
 from typing import TYPE_CHECKING
 
 
@@ -21,7 +23,11 @@ os.environ.setdefault("MAX_JOBS", "1")
 
 import pytest
 import yaml
+from tqdm import tqdm
 
+
+# tqdm's own lock is shared by all forks, and a test that kills one while it draws would leave it locked for ever
+tqdm.set_lock(threading.RLock())
 
 # Imported where they are used: the process that hands the tests out to the others needs half a gigabyte less
 if TYPE_CHECKING:
@@ -50,6 +56,12 @@ QUESTIONS = [
     ("Spell cat.", "C, a, t."),
     ("Which is bigger, one or nine?", "Nine is bigger than one."),
 ]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Names what takes long while the tests run: a run that is cut off shows where its time went."""
+    if report.duration > 30 and not _worker:
+        print(f"\n[{time.strftime('%H:%M:%S')}] {report.nodeid}: {report.when} took {report.duration:.0f} s")
 
 
 @pytest.fixture(autouse=True)

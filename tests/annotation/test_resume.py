@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import disable_caching, enable_caching
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -146,6 +147,16 @@ def in_child(pair, many_rows, tmp_path):
         return child, log
 
     return start
+
+
+def test_a_killed_child_leaves_no_bar_locked():
+    child = os.fork()
+    if child == 0:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert tqdm.get_lock().acquire(timeout=5)
+    tqdm.get_lock().release()
 
 
 def rows_in(log: Path) -> list[int]:
