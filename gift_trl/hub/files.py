@@ -50,6 +50,8 @@ _DOCUMENTS: tuple[str, ...] = (
 _DOCUMENTS += ("*POLICY*", "COPYING*")
 _PLOTS = (KINSHIP_PLOT_FILE, SIGNAL_PLOT_FILE)
 _TEMPLATES = "additional_chat_templates/*.jinja"
+# Of the pushes of a run; `Trainer.push_to_hub` leaves out what begins like this
+LEDGER_FILE = "_gift_trl_pushes.json"
 # What a trainer writes about its run, and to resume it
 _TRAINING: tuple[str, ...] = (
     "trainer_state.json",
@@ -59,7 +61,7 @@ _TRAINING: tuple[str, ...] = (
     "scheduler*",
     "rng_state*",
 )
-_TRAINING += ("checkpoint-*/*", "runs/*", "global_step*/*")
+_TRAINING += ("checkpoint-*/*", "runs/*", "global_step*/*", f"{LEDGER_FILE}*")
 # Weights in whatever format: of another model, when the folder does not hold them
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot")
 

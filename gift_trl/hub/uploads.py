@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from gift_trl.checkpoints import CARD_FILE
-from gift_trl.hub.files import list_model_files
+from gift_trl.hub.files import LEDGER_FILE, list_model_files
 from gift_trl.hub.push import PushReport, push_command, push_folder
 from gift_trl.hub.target import DEFAULT_BRANCH
 from gift_trl.repositories import describe
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 # Pushes that may wait behind the one that runs; who asks for more waits too
 _MAX_PENDING = 2
-_LEDGER_FILE = ".gift_trl_pushes.json"
 _SNAPSHOT_SUFFIX = ".push"
 
 
@@ -41,7 +40,7 @@ class PushLedger:
     """
 
     def __init__(self, output_dir: str | os.PathLike):
-        self._file = Path(output_dir) / _LEDGER_FILE
+        self._file = Path(output_dir) / LEDGER_FILE
 
     def __contains__(self, target: tuple[str, str | None]) -> bool:
         return _branch_name(*target) in self._read()
@@ -65,7 +64,7 @@ class PushLedger:
             return []
 
     def _write(self, names: list[str]) -> bool:
-        temporary = self._file.with_name(f"{_LEDGER_FILE}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary = self._file.with_name(f"{LEDGER_FILE}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(names), encoding="utf-8")

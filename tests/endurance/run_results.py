@@ -13,7 +13,7 @@ from hub_server import HubServer
 # What tells the time and the machine's speed, at any depth of a JSON file
 _TIMES = ("duration_s", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 # Pickles of the arguments, in which a run that goes on says so, and the list of branches that a run may replace
-_LEFT_OUT = ("training_args.bin", ".gift_trl_pushes.json")
+_LEFT_OUT = ("training_args.bin", "_gift_trl_pushes.json")
 
 
 def hash_content(name: str, content: bytes) -> str:

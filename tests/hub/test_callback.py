@@ -73,6 +73,8 @@ def train_in_python(pair, rows, folder: Path, ids: tuple[str, str], *, later: bo
     if later:
         trainer.add_callback(callback)
     trainer.train()
+    if later:
+        trainer.push_to_hub("By hand")
     return args.push_to_hub, trainer.args.hub_model_id
 
 
@@ -293,8 +295,10 @@ def test_from_python(server, client, names, pair, conversations, tmp_path, later
     pushes, hub_model_id = client(train_in_python, pair, conversations.to_list(), tmp_path, names, later=later)
     assert pushes and hub_model_id == names[0]  # the user's own arguments are as they were
     for repo_id, weights in zip(names, ("adapter_model.safetensors", "model.safetensors"), strict=True):
-        assert len(messages(server, repo_id)) == 1  # not the trainer's too
+        # Not the trainer's too, but for the one that was asked for
+        assert len(messages(server, repo_id)) == 1 + (later and repo_id == names[0])
         assert weights in server.files("model", repo_id)
+        assert "pushes.json" not in "".join(server.files("model", repo_id))
 
 
 def test_a_trainer_that_does_not_save_for_it(tmp_path):
