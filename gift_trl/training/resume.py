@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 
 logger = get_logger(__name__)
@@ -105,9 +105,10 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
 
 def finish_rotation(args: TrainingArguments, checkpoint: str) -> None:
     """
-    Deletes the rest of a checkpoint that a killed run was deleting, to keep no more than `save_total_limit`.
+    Deletes what a killed run was about to delete, to keep no more than `save_total_limit` checkpoints.
 
-    By the time of its change transformers would take it for the newest, and delete others in its place.
+    By the time of its change transformers would take the rest of one for the newest, and delete others in its place; and
+    after the last step no further checkpoint is written whose saving would delete the oldest one.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -126,6 +127,8 @@ def finish_rotation(args: TrainingArguments, checkpoint: str) -> None:
     for path in folders:
         if _step(path) < _step(newest) and path.name != best and not names <= _names(path):
             shutil.rmtree(path, ignore_errors=True)
+    if max(map(_step, folders)) == _step(newest):
+        rotate_checkpoints(str(output_dir), args.save_total_limit, str(output_dir / best) if best else None)
 
 
 @contextmanager

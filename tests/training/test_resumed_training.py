@@ -2,8 +2,10 @@
 
 import errno
 import glob
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,19 @@ def test_a_checkpoint_that_was_being_deleted_is_deleted(interrupted, max_steps, 
     os.unlink(f"{folder}/checkpoint-2/{lost}")
     train(folder, resume=True, save_total_limit=2, max_steps=max_steps)
     assert set(glob.glob("checkpoint-*", root_dir=folder)) == {f"checkpoint-{max_steps - step}" for step in (0, 2)}
+
+
+def test_a_run_killed_before_its_last_rotation_keeps_no_checkpoint_too_many(interrupted, tmp_path):
+    # After the last step, where no further checkpoint is written that would delete it
+    _, train, whole = interrupted
+    folder, best = Path(whole.args.output_dir), tmp_path / "with_best"
+    shutil.copytree(folder, best)
+    train(folder, resume=True, save_total_limit=2)
+    assert set(glob.glob("checkpoint-*", root_dir=folder)) == {"checkpoint-4", "checkpoint-6"}
+    state = best / "checkpoint-6" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": f"{folder}/checkpoint-2"}))
+    train(best, resume=True, save_total_limit=2)
+    assert set(glob.glob("checkpoint-*", root_dir=best)) == {"checkpoint-2", "checkpoint-6"}
 
 
 def test_older_checkpoints_stay_unless_they_were_being_deleted(interrupted):
