@@ -12,7 +12,8 @@ from gift_trl import annotate_dataset
 
 
 END_OF_TURN = 2  # <|end|>
-# Long texts round to more than 1e-6 in float32, whatever the loss; in float64 only the confidences are rounded
+# float32 rounds to 1e-6 and more, whatever the loss, and on every processor otherwise; in float64 only the confidences are
+# rounded
 DOUBLE = {"dtype": torch.float64}
 
 
@@ -29,11 +30,11 @@ def score(pair, rows):
     return scored
 
 
-def reference(pair, lora, rows, state_dict, *, exponent, eos, normalization, cuts):
-    """Loss and gradients, token by token in float64, from whole logits of one row at a time."""
+def reference(pair, lora, rows, state_dict, *, exponent, eos, normalization, cuts, dtype=torch.float64):
+    """Loss and gradients, token by token in float64 (or `dtype`), from whole logits of one row at a time."""
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), copy.deepcopy(lora)).double()
-    model.load_state_dict({name: value.double() for name, value in state_dict.items()}, strict=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0]), copy.deepcopy(lora)).to(dtype)
+    model.load_state_dict({name: value.to(dtype) for name, value in state_dict.items()}, strict=False)
     model.train()
     terms = []
     for row in rows if "q" in rows[0] else score(pair, rows):
@@ -72,6 +73,7 @@ def test_loss_and_gradients(pair, conversations, lora, config, run, relative_dif
         weight_normalization=normalization,
         confidence_exponent=exponent,
         eos_confidence=eos,
+        model_init_kwargs=DOUBLE,
     )
     trainer = run(args, conversations)
     rows = trainer.train_dataset.to_list()
@@ -90,9 +92,24 @@ def test_loss_and_gradients(pair, conversations, lora, config, run, relative_dif
     assert relative_difference(trainer.recorder.gradients, gradients) < 1e-6
 
 
+@pytest.mark.parametrize("normalization", ["weights", "tokens", "microbatch"])
+def test_float32_rounds_as_the_formula_does(
+    pair, conversations, lora, config, run, relative_difference, normalization
+):
+    trainer = run(config(weight_normalization=normalization), conversations)
+    rows, state = trainer.train_dataset.to_list(), trainer.recorder.state_dict
+    options = {"exponent": 1.0, "eos": 1.0, "normalization": normalization, "cuts": 8}
+    loss, gradients = reference(pair, lora, rows, state, **options)
+    _, rounded = reference(pair, lora, rows, state, **options, dtype=torch.float32)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    found = relative_difference(trainer.recorder.gradients, gradients)
+    assert found < min(2 * relative_difference(rounded, gradients), 1e-5)
+
+
 def test_packed_rows_weigh_as_apart(pair, conversations, lora, config, run, relative_difference):
     # Padding-free batches of packed rows: every row sees itself only, and its confidences stay with its tokens
-    args = config(packing=True, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    settings = {"packing": True, "max_length": 128, "model_init_kwargs": DOUBLE}
+    args = config(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     trainer = run(args, conversations)
     assert len(trainer.train_dataset) < len(conversations)
     rows = annotate_dataset(conversations, pair[1], args=args).to_list()
