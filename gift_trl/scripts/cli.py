@@ -27,6 +27,10 @@ COMMANDS = {
     "make-pair": "make a small base/instruct pair with random weights from a text file, to try recipes with",
 }
 _DEBUG = "GIFT_TRL_DEBUG"
+_GO_ON = (
+    "What is finished is kept: the same command goes on from there, a training from its last checkpoint with "
+    "`--resume_from_checkpoint auto`."
+)
 
 
 class ExampleHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -49,7 +53,8 @@ def _usage() -> str:
 
 def run(command: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """
-    Runs a command; what the user can mend ends as one message and the exit status 1, not as a traceback.
+    Runs a command; what the user can mend ends as one message and the exit status 1, an interruption as one and the status
+    130, not as a traceback.
 
     Args:
         command (`Callable`):
@@ -63,11 +68,24 @@ def run(command: Callable[[list[str] | None], None], argv: list[str] | None = No
     try:
         refuse_tokens(sys.argv[1:] if argv is None else argv)
         command(argv)
-    except (OSError, TypeError, ValueError) as error:
+        _leave_processes()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nInterrupted. {_GO_ON}", file=sys.stderr)
+        raise SystemExit(130) from None
+    # A library that is wanted and not installed among them
+    except (ImportError, OSError, TypeError, ValueError) as error:
         if os.environ.get(_DEBUG):
             raise
         print(f"error: {error}\n(Set {_DEBUG}=1 to see where it was raised.)", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _leave_processes() -> None:
+    """Ends the communication of the processes, whose threads may else abort a process that has done its work."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def main() -> None:

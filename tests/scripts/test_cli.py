@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gift_trl.scripts.cli import COMMANDS
+from gift_trl.scripts.cli import COMMANDS, run
 
 
 def call(*argv: str) -> subprocess.CompletedProcess:
@@ -28,6 +28,32 @@ def test_unknown_command_shows_the_known_ones():
 
 def test_version():
     assert call("--version").stdout.startswith("gift_trl 0.")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ImportError("pip install it"), 1, "error: pip install it"),
+        (KeyboardInterrupt(), 130, "Interrupted. What is finished is kept"),
+    ],
+)
+def test_what_ends_without_a_traceback(capsys, monkeypatch, error, status, message):
+    def command(argv):
+        raise error
+
+    monkeypatch.delenv("GIFT_TRL_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run(command, [])
+    assert end.value.code == status and message in capsys.readouterr().err
+
+
+def test_a_command_ends_the_communication_of_its_processes():
+    # Threads of a group that is left to the end may abort the interpreter
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    run(lambda argv: None, [])
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
