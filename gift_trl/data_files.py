@@ -21,7 +21,7 @@ def load_local_data(
 
     Args:
         name (`str`):
-            JSON, JSON-lines, CSV or Parquet file, or folder.
+            JSON, JSON-lines, CSV or Parquet file, also one that gzip has compressed, or folder.
         split (`str`, *optional*, defaults to `"train"`):
             Name given to a single dataset in a folder. That of a file is `"train"`.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -32,23 +32,42 @@ def load_local_data(
 
     Raises:
         `FileNotFoundError`: If the name is that of a data file, which does not exist.
-        `ValueError`: If it holds no rows, or cannot be read.
+        `ValueError`: If it holds no rows, cannot be read, or is a file of another kind.
     """
     name = os.path.expanduser(name)
-    extension = os.path.splitext(name)[1].lower()
+    extension = os.path.splitext(name.removesuffix(".gz"))[1].lower()
     if os.path.isdir(name):
         if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
-            saved = _read(name, lambda: load_from_disk(name))
+            saved = read_data(name, lambda: load_from_disk(name))
             return saved if isinstance(saved, DatasetDict) else DatasetDict({split: saved})
         return None
     if extension not in _BUILDERS:
+        if os.path.isfile(name):
+            raise ValueError(
+                f"`{name}` is a file of another kind than are read, which are {', '.join(_BUILDERS)}, and these with .gz."
+            )
         return None
     if not os.path.isfile(name):
         raise FileNotFoundError(f"There is no file `{name}`. Check the path of the data.")
-    return _read(name, lambda: load_dataset(_BUILDERS[extension], data_files=name, streaming=streaming))
+    return read_data(name, lambda: load_dataset(_BUILDERS[extension], data_files=name, streaming=streaming))
 
 
-def _read(name: str, load: Callable[[], Any]) -> Any:
+def read_data(name: str, load: Callable[[], Any]) -> Any:
+    """
+    Loads data, and says what is wrong with a file that cannot be read.
+
+    Args:
+        name (`str`):
+            Name of the data.
+        load (`Callable[[], Any]`):
+            Loads it.
+
+    Returns:
+        `Any`: What was loaded.
+
+    Raises:
+        `ValueError`: If it holds no rows, or cannot be read.
+    """
     try:
         return load()
     # The third and fourth are what becomes of data without rows

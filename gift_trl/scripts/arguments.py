@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -323,7 +323,7 @@ class RecipeParser(TrlParser):
 
         Raises:
             `FileNotFoundError`: If there is no such recipe.
-            `ValueError`: If it is not valid YAML, or has a boolean where a word is meant.
+            `ValueError`: If it is not valid YAML, or has a boolean where a word is meant, or a fraction where a whole number is.
         """
         args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         if "--config" in args:
@@ -335,12 +335,21 @@ class RecipeParser(TrlParser):
     def _check_recipe_file(self, path: str) -> None:
         recipe = read_yaml(path)
         choices = {action.dest for action in self._actions if action.choices}
+        whole = {
+            name
+            for dataclass in self.dataclass_types
+            for name, hint in get_type_hints(dataclass).items()
+            if {*(get_args(hint) or (hint,))} <= {int, type(None)}
+        }
         for key, value in (recipe if isinstance(recipe, dict) else {}).items():
             if key in choices and isinstance(value, bool):
                 raise ValueError(
                     f"`{key}` is {value} in the recipe, because YAML reads an unquoted no, off, yes or on as a boolean. "
                     f'Quote it: `{key}: "{"yes" if value else "no"}"`.'
                 )
+            if key in whole and isinstance(value, float):
+                remedy = f" Write `{key}: {value:.0f}`." if value.is_integer() else ""
+                raise ValueError(f"`{key}` is {value} in the recipe, where a whole number is meant.{remedy}")
 
     def format_help(self, everything: bool = False) -> str:
         formatter = self._get_formatter()

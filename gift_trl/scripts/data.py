@@ -11,7 +11,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from gift_trl.annotation import load_annotated_dataset
 from gift_trl.annotation.hub import download_provenance
 from gift_trl.annotation.storage import PROVENANCE_FILE, attach_provenance
-from gift_trl.data_files import load_local_data
+from gift_trl.data_files import load_local_data, read_data
 from gift_trl.scripts.arguments import GIFTScriptArguments
 from gift_trl.scripts.columns import map_columns
 
@@ -64,7 +64,7 @@ def load_recipe_datasets(
         train_split = "train"
         test_split = "test"
     if evaluate:
-        _require_split(loaded, test_split, "dataset_test_split` (or `test_split_size`, or `eval_strategy: no")
+        _require_split(loaded, test_split, 'dataset_test_split`, `test_split_size`, or `eval_strategy: "no"')
     train = loaded[train_split]
     if script_args.max_samples is not None:
         if script_args.sample_seed is not None:
@@ -83,9 +83,17 @@ def _load(script_args: GIFTScriptArguments, streaming: bool) -> DatasetDict | It
     local = load_local_data(name, split=script_args.dataset_train_split, streaming=streaming)
     if local is not None:
         return local
-    loaded = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    options = {"name": script_args.dataset_config, "streaming": streaming}
+    if os.path.isdir(name):
+        return read_data(name, lambda: load_dataset(name, **options))
+    try:
+        loaded = load_dataset(name, **options)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise type(error)(
+            f"There is no file or folder `{name}`, and no such dataset on the Hub within reach: {str(error).splitlines()[0]}"
+        ) from error
     # A stream that does not know its columns before its first row is not the Parquet that was pushed
-    if not os.path.isdir(name) and any("confidences" in (split.column_names or ()) for split in loaded.values()):
+    if any("confidences" in (split.column_names or ()) for split in loaded.values()):
         # Of the commit whose card `load_dataset` has just read: the provenance must be that of this data
         card = try_to_load_from_cache(name, "README.md", repo_type="dataset")
         commit = extract_commit_hash(card, None) if isinstance(card, str) else None

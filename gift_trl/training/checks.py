@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -63,6 +64,12 @@ def check_supported(
     eval_dataset: Any,
 ) -> None:
     """Refuses what has no meaning for the GIFT loss, and what SFTTrainer would refuse after the data was annotated."""
+    for name in args.report_to or ():  # a list by now
+        # Known by functions of like names; those that have none, as the library says when it is begun with
+        if not getattr(integration_utils, f"is_{name.removesuffix('_ml')}_available", lambda: True)():
+            raise ImportError(
+                f"`report_to` names {name}, which is not installed, or disabled: install it, or set `report_to: none`."
+            )
     if compute_loss_func is not None:
         raise ValueError(
             "`compute_loss_func` would replace the GIFT loss. Leave it unset, or subclass `GIFTSFTTrainer` and override "

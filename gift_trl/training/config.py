@@ -215,6 +215,10 @@ class GIFTConfig(SFTConfig):
                     f"`{name}` is {value!r}; it must be a number"
                     + (", or `null` (None) to keep the annotated confidence." if optional else ".")
                 )
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}; it must be at least 1."
+            )
         if "revision" in (self.instruct_model_init_kwargs or {}):
             raise ValueError("Name the revision in `instruct_model_revision`, not in `instruct_model_init_kwargs`.")
         if not (math.isfinite(self.confidence_exponent) and self.confidence_exponent >= 0):

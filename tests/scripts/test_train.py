@@ -1,3 +1,4 @@
+import gzip
 import json
 import subprocess
 import sys
@@ -215,3 +216,10 @@ def test_merge_after_training_in_several_processes(recipe, pair, tmp_path, confi
     assert merged.keys() == alone.keys()
     for name, value in alone.items():
         assert torch.equal(merged[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def test_compressed_data(recipe, tmp_path):
+    path = recipe(dataset_name=str(tmp_path / "data.jsonl.gz"), max_steps=1, merge_output_dir=None)
+    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress((tmp_path / "data.jsonl").read_bytes()))
+    train.main(["--config", path])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -41,11 +41,24 @@ def no_weights(monkeypatch):
         ({"dataset_name": "missing.jsonl"}, "There is no file `missing.jsonl`"),
         ({"prompt_column": "problem"}, "no column `problem`. Set `prompt_column`"),
         ({"completion_column": None}, "`prompt_column` and `completion_column` (or the templates"),
-        ({"eval_strategy": "epoch"}, "no split `test`. Set `dataset_test_split` (or `test_split_size`"),
+        ({"eval_strategy": "epoch"}, 'Set `dataset_test_split`, `test_split_size`, or `eval_strategy: "no"`.'),
         ({"dataset_train_split": "trian"}, "The data has the splits ['train'], and no split `trian`"),
         ({"resume_from_checkpoint": True}, "holds no checkpoint"),
         ({"loss_type": "dft"}, "`loss_type='dft'` weighs tokens by the trained model's own probability"),
         ({"max_samples": 0}, "`max_samples` is 0"),
+        (
+            {"max_samples": 4.0},
+            "`max_samples` is 4.0 in the recipe, where a whole number is meant. Write `max_samples: 4`.",
+        ),
+        ({"max_steps": 2.5}, "`max_steps` is 2.5 in the recipe, where a whole number is meant."),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0; it must be at least 1"),
+        ({"report_to": "swanlab"}, "`report_to` names swanlab, which is not installed"),
+        (
+            {"dataset_name": "nowhere"},
+            "There is no file or folder `nowhere`, and no such dataset on the Hub within reach",
+        ),
+        ({"dataset_name": __file__}, "is a file of another kind than are read, which are .json, .jsonl"),
+        ({"dataset_name": os.path.dirname(__file__)}, "No (supported) data files found in"),
         ({"eval_strategy": False}, "`eval_strategy` is False in the recipe, because YAML reads an unquoted no"),
         (
             {"dataset_streaming": True, "eval_strategy": "epoch", "test_split_size": 0.5, "max_steps": 1},
@@ -161,3 +174,8 @@ def test_annotate_replaces_annotations_only(recipe, fails, tmp_path):
 
 def test_annotate_needs_a_place_to_write(recipe, fails):
     assert "set `--annotation_output_dir`" in fails(annotate.main, "--config", recipe())
+
+
+def test_data_that_is_another_folder(recipe, fails, pair):
+    message = fails(train.main, "--config", recipe(dataset_name=pair[0]))
+    assert f"`{pair[0]}` cannot be read, or holds no rows" in message
