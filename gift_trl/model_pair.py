@@ -1,6 +1,7 @@
 """What a base model and its instruct model must share for GIFT: shapes, vocabulary, and how a turn ends."""
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ def load_config(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedConfig
     except (OSError, ValueError) as error:
         if _needs_trust(error):
             raise
+        if os.path.isfile(os.path.join(model, "adapter_config.json")):
+            raise FileNotFoundError(
+                f"`{model}` holds an adapter, and no model: merge it into the instruct model first (`gift-trl merge`), and "
+                "give the folder of the merged model."
+            ) from error
         raise FileNotFoundError(
             f"`{model}` has no readable model configuration: {str(error).splitlines()[0]} Give a folder that "
             "`save_pretrained` wrote, or the id of a model repository on the Hub."

@@ -156,4 +156,4 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 6))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 2 * len(panels)))

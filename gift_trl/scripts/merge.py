@@ -197,6 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     from gift_trl.merging import merge_recipe
 
     recipe = recipe_of(arguments)
+    if arguments.verify_prompts is not None and not arguments.verify:
+        raise ValueError(
+            "`--verify_prompts` names prompts, and nothing is verified: set `--verify` too, or leave it out."
+        )
     prompts = _read_prompts(arguments, recipe) if arguments.verify else None
     report = merge_recipe(recipe, arguments.output_dir, overwrite=arguments.overwrite)
     print(report.summary())

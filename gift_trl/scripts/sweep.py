@@ -179,7 +179,13 @@ def main(argv: list[str] | None = None) -> None:
 def _conclusion(sweep: "Sweep") -> str:
     alike = ", ".join(f"{scale:g}" for scale in sweep.not_told_apart())
     chance = f"; on as many examples, {alike} may be as good" if alike else ""
-    return f"The best scale on this data is {sweep.best.scale:g}{chance}"
+    scales = [entry.scale for entry in sweep.scores]
+    edge = ""
+    if len(scales) > 1 and sweep.best.scale == max(scales):
+        edge = ", the largest that was tried: larger ones may be better"
+    elif len(scales) > 1 and sweep.best.scale == min(scales) != 0:
+        edge = ", the smallest that was tried: smaller ones may be better"
+    return f"The best scale on this data is {sweep.best.scale:g}{edge}{chance}"
 
 
 def _sweep_likelihood(arguments: SweepArguments, script_args: "GIFTScriptArguments") -> "Sweep":

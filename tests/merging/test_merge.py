@@ -551,6 +551,8 @@ def test_verify_on_the_command_line(make_checkpoint, make_adapter, tmp_path, cap
     assert "PEFT applies one adapter at run time, and not the method ties" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="a prompt on each line"):
         main([*options, "--output_dir", str(tmp_path / "prompts"), "--verify_prompts", "nowhere.txt"])
+    with pytest.raises(ValueError, match="`--verify_prompts` names prompts, and nothing is verified"):
+        main([*options[:-1], "--output_dir", str(tmp_path / "prompts"), "--verify_prompts", "nowhere.txt"])
     assert not (tmp_path / "prompts").exists()
 
 

@@ -122,7 +122,9 @@ def test_command(pair, adapter, tmp_path, conversations, capsys):
     facts = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [entry["scale"] for entry in facts["scores"]] == [0.0, 1.0] and facts["best_scale"] in (0.0, 1.0)
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "The best scale on this data is" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The best scale on this data is" in said
+    assert ("the largest that was tried" in said) == (facts["best_scale"] == 1.0)
     again = [*arguments, "--output_dir", str(tmp_path / "sweep"), "--scales", "1", "--max_length", "512", *options]
     with pytest.raises(FileExistsError, match="--overwrite"):
         main(again)

@@ -82,6 +82,10 @@ def test_models_that_are_no_pair(pair, make_model, tokenizer, data, tmp_path):
         write((pair[0], str(tmp_path / "plain")), data, tmp_path / "recipe.yaml")
     with pytest.raises(FileNotFoundError, match="has no readable model configuration"):
         write((pair[0], str(tmp_path / "nowhere")), data, tmp_path / "recipe.yaml")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds an adapter, and no model: merge it"):
+        write((pair[0], str(tmp_path / "adapter")), data, tmp_path / "recipe.yaml")
     assert not (tmp_path / "recipe.yaml").exists()
 
 
