@@ -1,6 +1,7 @@
 """`gift-trl`: the front door to the commands."""
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -85,6 +86,7 @@ def _leave_processes() -> None:
     """Ends the communication of the processes, whose threads may else abort a process that has done its work."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a trainer keeps the group, and with it its threads, to the end of the interpreter
         distributed.destroy_process_group()
 
 

@@ -92,7 +92,6 @@ def train(
     if not callbacks:
         trainer.save_model(training_args.output_dir)
         trainer.accelerator.print(f"The adapter is in {training_args.output_dir}")
-    trainer.end()
 
 
 def set_accumulation_steps(script_args: "GIFTScriptArguments", training_args: "GIFTConfig") -> None:

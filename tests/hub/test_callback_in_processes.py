@@ -48,6 +48,8 @@ def test_two_processes(server, client, recipe, pair, tmp_path, config, outcome):
     for note in notes:
         assert (note["distributed_type"], note["num_processes"]) == (TYPES[config], 2), done.stderr[-3000:]
         assert note["status"] == (0 if outcome == "pushed" else 1), done.stderr[-3000:]
+        # Once, and when nothing keeps its threads
+        assert note["wrapped_models"] == ([0] if outcome == "pushed" else [])
     merged = server.repositories["model", merged_id]
     if outcome == "failed":
         assert done.returncode != 0
