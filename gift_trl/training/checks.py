@@ -144,9 +144,7 @@ def check_supported(
         )
 
 
-def choose_instruct_model(
-    instruct_model: str | PreTrainedModel | None, args: GIFTConfig
-) -> str | PreTrainedModel | None:
+def choose_instruct_model(instruct_model: Any, args: GIFTConfig) -> str | PreTrainedModel | None:
     """The instruct model of the constructor or of the configuration, which must not name two."""
     named = args.instruct_model_name_or_path
     if isinstance(instruct_model, str) and named is not None and instruct_model != named:

@@ -29,8 +29,8 @@ class ConfidenceSource:
     Args:
         args ([`GIFTConfig`]):
             Configuration of the trainer.
-        instruct_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Instruct model.
+        instruct_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Instruct model. One with an adapter scores with it.
         base_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model to be trained, as given: with `args.annotator="base"` it scores the tokens.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -48,7 +48,7 @@ class ConfidenceSource:
     def __init__(
         self,
         args: GIFTConfig,
-        instruct_model: str | PreTrainedModel | None,
+        instruct_model: "str | PreTrainedModel | PeftModel | None",
         base_model: "str | PreTrainedModel | PeftModel",
         processing_class: PreTrainedTokenizerBase,
         formatting_func: Callable[[dict[str, Any]], str] | None,
@@ -188,17 +188,18 @@ class ConfidenceSource:
         init_kwargs = None
         if isinstance(model, str):
             init_kwargs = self._load_kwargs()
-        elif self._trained_model is not None and model is self._base_model:
-            # PEFT put its layers into the very object that was given
-            model = self._trained_model
-            if not is_peft_model(model):
-                raise ValueError(
-                    f"The {dataset_name} dataset has no `confidences`, and the model that is to give them has been "
-                    "trained since. Annotate it with `annotate_dataset` before the training."
-                )
-        if not isinstance(model, str) and is_peft_model(model):
-            # The confidences of the base model are those without the adapter that is trained on it
-            stack.enter_context(use_adapter(model, None))
+        elif model is self._base_model:
+            if self._trained_model is not None:
+                # PEFT put its layers into the very object that was given
+                model = self._trained_model
+                if not is_peft_model(model):
+                    raise ValueError(
+                        f"The {dataset_name} dataset has no `confidences`, and the model that is to give them has been "
+                        "trained since. Annotate it with `annotate_dataset` before the training."
+                    )
+            if is_peft_model(model):
+                # The confidences of the base model are those without the adapter that is trained on it
+                stack.enter_context(use_adapter(model, None))
         return Annotator(
             model,
             self._processing_class,

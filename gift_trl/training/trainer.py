@@ -87,9 +87,9 @@ class GIFTSFTTrainer(SFTTrainer):
         args ([`GIFTConfig`], *optional*):
             Configuration of the trainer. An [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] is completed
             with the defaults of [`GIFTConfig`].
-        instruct_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        instruct_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             Instruct model, if it is not named by `args.instruct_model_name_or_path`. Needed unless every dataset
-            already has a `confidences` column.
+            already has a `confidences` column. One with an adapter scores with it.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. Defaults to the instruct model's, with its chat template.
         train_dataset, eval_dataset, data_collator, compute_metrics, callbacks, optimizers, \
@@ -154,7 +154,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable[[dict], str] | None = None,
         *,
-        instruct_model: str | PreTrainedModel | None = None,
+        instruct_model: "str | PreTrainedModel | PeftModel | None" = None,
     ):
         check_trl_hooks()
         args = complete_config(model, args)

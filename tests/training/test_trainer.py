@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import warnings
@@ -124,6 +125,21 @@ def test_confidences_of_unknown_origin_are_warned_of(pair, config, caplog):
     dataset = Dataset.from_dict({"input_ids": [[5, 6]], "confidences": [[0.0, 0.5]]})
     construct(pair, config, dataset)
     assert "say nothing of where they come from" in caplog.text
+
+
+def test_an_instruct_model_scores_with_its_adapter(pair, config, conversations, run, lora):
+    instruct = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[1]), copy.deepcopy(lora))
+    expected = annotate_dataset(conversations, instruct, AutoTokenizer.from_pretrained(pair[1]), args=config())
+    without = annotate_dataset(conversations, pair[1], args=config())
+    assert expected["confidences"][:] != without["confidences"][:]
+    means = []
+    for source in ("offline", "online"):
+        args = config(instruct_model_name_or_path=None, confidence_source=source)
+        trainer = run(args, conversations, instruct_model=instruct)
+        means.append(trainer.state.log_history[0]["gift/confidence_mean"])
+        if source == "offline":
+            assert trainer.train_dataset["confidences"][:] == expected["confidences"][:]
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("lora_on", [True, False], ids=["LoRA", "full"])
