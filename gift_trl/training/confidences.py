@@ -13,6 +13,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import use_adapter
 
 from gift_trl.annotation.annotator import Annotator
+from gift_trl.annotation.scoring import unwrap_model
 from gift_trl.training.checks import check_annotation
 from gift_trl.training.config import GIFTConfig
 from gift_trl.training.online import OnlineConfidences
@@ -20,6 +21,22 @@ from gift_trl.training.online import OnlineConfidences
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+def share_weights(model: Any, other: Any) -> bool:
+    """
+    Whether two models are one object under the adapters they may be wrapped with.
+
+    Args:
+        model, other (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Models as they are given. One that is named is loaded once more.
+
+    Returns:
+        `bool`: Whether what trains one changes the other.
+    """
+    if model is None or isinstance(model, str) or isinstance(other, str):
+        return False
+    return unwrap_model(model) is unwrap_model(other)
 
 
 class ConfidenceSource:
@@ -30,7 +47,7 @@ class ConfidenceSource:
         args ([`GIFTConfig`]):
             Configuration of the trainer.
         instruct_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            Instruct model. One with an adapter scores with it.
+            Instruct model. One with an adapter scores with it, unless it is the model to be trained.
         base_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model to be trained, as given: with `args.annotator="base"` it scores the tokens.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -67,7 +84,14 @@ class ConfidenceSource:
         self._trained_model: PreTrainedModel | PeftModel | None = None
         self._online: OnlineConfidences | None = None
         scoring_model, _ = self._scoring_model()
-        if self.is_online and scoring_model is base_model and not isinstance(base_model, str):
+        if not share_weights(scoring_model, base_model):
+            return
+        if is_peft_model(scoring_model) and scoring_model is not base_model:
+            raise ValueError(
+                "The instruct model is given with an adapter, and shares its weights with the model to be trained, so that "
+                "the adapter would change both. Load one of the two once more, or give its name."
+            )
+        if self.is_online:
             raise ValueError(
                 "With `confidence_source='online'` the model that scores must stay as it is, and the one given is to be "
                 "trained. Give its name, so that it is loaded once more, or set `confidence_source` to 'offline'."
@@ -188,18 +212,17 @@ class ConfidenceSource:
         init_kwargs = None
         if isinstance(model, str):
             init_kwargs = self._load_kwargs()
-        elif model is self._base_model:
-            if self._trained_model is not None:
-                # PEFT put its layers into the very object that was given
-                model = self._trained_model
-                if not is_peft_model(model):
-                    raise ValueError(
-                        f"The {dataset_name} dataset has no `confidences`, and the model that is to give them has been "
-                        "trained since. Annotate it with `annotate_dataset` before the training."
-                    )
+        elif share_weights(model, self._base_model):
+            # PEFT puts its layers into the very object that was given
+            model = self._base_model if self._trained_model is None else self._trained_model
             if is_peft_model(model):
-                # The confidences of the base model are those without the adapter that is trained on it
+                # The confidences of the trained model are those without the adapter that is trained on it
                 stack.enter_context(use_adapter(model, None))
+            elif self._trained_model is not None:
+                raise ValueError(
+                    f"The {dataset_name} dataset has no `confidences`, and the model that is to give them has been "
+                    "trained since. Annotate it with `annotate_dataset` before the training."
+                )
         return Annotator(
             model,
             self._processing_class,

@@ -35,7 +35,7 @@ from gift_trl.training.checks import (
     require_confidences,
 )
 from gift_trl.training.compatibility import check_trl_hooks
-from gift_trl.training.confidences import ConfidenceSource
+from gift_trl.training.confidences import ConfidenceSource, share_weights
 from gift_trl.training.config import GIFTConfig
 from gift_trl.training.data_collator import DataCollatorForGIFT
 from gift_trl.training.learning_signal import LearningSignal, real_rows
@@ -89,7 +89,8 @@ class GIFTSFTTrainer(SFTTrainer):
             with the defaults of [`GIFTConfig`].
         instruct_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             Instruct model, if it is not named by `args.instruct_model_name_or_path`. Needed unless every dataset
-            already has a `confidences` column. One with an adapter scores with it.
+            already has a `confidences` column. One with an adapter scores with it, unless it is the model to be
+            trained.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. Defaults to the instruct model's, with its chat template.
         train_dataset, eval_dataset, data_collator, compute_metrics, callbacks, optimizers, \
@@ -247,7 +248,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         self._signal = LearningSignal()
         self._borrowed_tokens: list[str] = []
         instruct_init_kwargs: Any = args.instruct_model_init_kwargs or {}
-        if instruct_model is not None and instruct_model is not model:
+        if instruct_model is not None and instruct_model is not model and not share_weights(instruct_model, model):
             self._borrowed_tokens = check_token_rows(
                 self.model,
                 instruct_model,

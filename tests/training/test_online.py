@@ -1,8 +1,11 @@
 """`confidence_source="online"`: the same loss as confidences made before the training."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -104,6 +107,9 @@ def test_what_cannot_be_scored_online_is_refused(pair, conversations, config, lo
         construct(model=model, settings={"annotator": "base"})
     with pytest.raises(ValueError, match="must stay as it is, and the one given is to be trained"):
         construct(model=model, instruct_model=model, settings={"instruct_model_name_or_path": None})
+    with pytest.raises(ValueError, match="must stay as it is, and the one given is to be trained"):
+        adapted = get_peft_model(model, copy.deepcopy(lora))
+        construct(model=adapted, instruct_model=model, settings={"instruct_model_name_or_path": None})
     with pytest.raises(ValueError, match="would be scored without the first"):
         construct(settings={"packing": True, "packing_strategy": "wrapped"})
     with pytest.raises(ValueError, match="scores in the processes of the run"):

@@ -142,6 +142,25 @@ def test_an_instruct_model_scores_with_its_adapter(pair, config, conversations, 
     assert means[0] == pytest.approx(means[1], rel=1e-5)
 
 
+def test_the_instruct_model_under_the_trained_adapter_scores_without_it(pair, config, conversations, lora, run):
+    # Instruct-SFT with one object: what is trained is an adapter around the model that scores
+    instruct = AutoModelForCausalLM.from_pretrained(pair[1])
+    adapted = get_peft_model(instruct, lora)
+    expected = annotate_dataset(conversations, pair[1], args=config())["confidences"][:]
+    settings = {"instruct_model_name_or_path": None, "max_steps": 3, "learning_rate": 0.5}
+    kwargs = {"instruct_model": instruct, "processing_class": AutoTokenizer.from_pretrained(pair[1])}
+    trainer = GIFTSFTTrainer(adapted, config(**settings), train_dataset=conversations, **kwargs)
+    assert trainer.train_dataset["confidences"][:] == expected
+    trainer.train()
+    (found,) = trainer._confidence_source.annotate([("test", conversations, False)])
+    assert found["confidences"][:] == expected
+    # What is given as the instruct model has an adapter of its own, and that one would be trained
+    with pytest.raises(ValueError, match="shares its weights with the model to be trained"):
+        GIFTSFTTrainer(
+            instruct, config(**settings), train_dataset=conversations, **{**kwargs, "instruct_model": adapted}
+        )
+
+
 @pytest.mark.parametrize("lora_on", [True, False], ids=["LoRA", "full"])
 def test_a_trained_model_does_not_annotate(pair, config, conversations, lora, lora_on):
     model = AutoModelForCausalLM.from_pretrained(pair[0])
