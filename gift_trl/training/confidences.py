@@ -223,6 +223,8 @@ class ConfidenceSource:
                     f"The {dataset_name} dataset has no `confidences`, and the model that is to give them has been "
                     "trained since. Annotate it with `annotate_dataset` before the training."
                 )
+            # Not through the adapter's forward pass, which accelerate wraps in the autocast of the training
+            model = unwrap_model(model)
         return Annotator(
             model,
             self._processing_class,

@@ -177,6 +177,18 @@ def test_a_trained_model_does_not_annotate(pair, config, conversations, lora, lo
             trainer.evaluate(conversations)
 
 
+def test_a_model_that_trains_in_mixed_precision_annotates_without_it(pair, config, conversations, lora):
+    # accelerate wraps the forward pass of the model that is trained in autocast, which changes its logits and no weight
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    args = config(annotator="base", bf16=True, learning_rate=0.5)
+    trainer = GIFTSFTTrainer(model, args, train_dataset=conversations, peft_config=lora)
+    expected = trainer.train_dataset["confidences"][:]
+    trainer.train()
+    (found,) = trainer._confidence_source.annotate([("test", conversations, False)])
+    assert found["confidences"][:] == expected
+    trainer.evaluate(conversations)
+
+
 def test_two_instruct_models_are_one_too_many(pair, config, conversations, no_weights):
     with pytest.raises(ValueError, match="Name one"):
         construct(pair, config, conversations, instruct_model=pair[0])
