@@ -20,6 +20,7 @@ _HOOKS = (
     (SFTTrainer, "evaluate", ("self", "eval_dataset", "ignore_keys", "metric_key_prefix")),
     (SFTTrainer, "log", ("self", "logs", "start_time")),
     (Trainer, "_get_num_items_in_batch", ("self", "batch_samples", "device")),
+    (Trainer, "_prepare_inputs", ("self", "inputs")),
     (
         Trainer,
         "_maybe_log_save_evaluate",

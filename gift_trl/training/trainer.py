@@ -338,6 +338,13 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             )
         return super().predict(annotated, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        if "confidences" in inputs:
+            # DeepSpeed's integration has cast them to the model's dtype: numerator and denominator would weigh otherwise
+            prepared["confidences"] = inputs["confidences"].to(self.args.device)
+        return prepared
+
     def _batch_weights(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if "confidences" not in inputs and self._confidence_source.is_online:
             # Kept in the batch: the denominator of a step needs them before its first loss

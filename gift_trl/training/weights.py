@@ -21,7 +21,7 @@ def token_weights(
     [GIFT paper](https://huggingface.co/papers/2605.01256).
 
     Args:
-        confidences (`torch.Tensor` of shape `(batch, seq_len)`, float32):
+        confidences (`torch.Tensor` of shape `(batch, seq_len)`):
             Confidence of every token, aligned with the labels.
         labels (`torch.Tensor` of shape `(batch, seq_len)`):
             Labels; `-100` marks tokens that are no targets.
@@ -38,7 +38,7 @@ def token_weights(
         `torch.Tensor` of shape `(batch, seq_len - 1)`, float32: Entry `t` weighs the prediction of token `t + 1`; 0.0
         where that token is no target. This is the only place where confidences are shifted.
     """
-    confidences, labels = confidences[:, 1:], labels[:, 1:]
+    confidences, labels = confidences[:, 1:].float(), labels[:, 1:]
     if eos_confidence is not None and len(end_of_turn_token_ids) > 0:
         ends = torch.isin(labels, torch.as_tensor(end_of_turn_token_ids, device=labels.device))
         confidences = confidences.masked_fill(ends, eos_confidence)

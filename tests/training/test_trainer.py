@@ -3,6 +3,7 @@ import json
 import shutil
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +188,20 @@ def test_a_model_that_trains_in_mixed_precision_annotates_without_it(pair, confi
     (found,) = trainer._confidence_source.annotate([("test", conversations, False)])
     assert found["confidences"][:] == expected
     trainer.evaluate(conversations)
+
+
+def test_deepspeed_leaves_confidences_in_float32(pair, config, conversations, lora, monkeypatch):
+    # Its integration casts whatever is a floating-point number in a batch to the dtype of the model
+    trainer = construct(pair, config, conversations, peft_config=lora)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    prepared = trainer._prepare_inputs({**batch, "other": torch.ones(1)})
+    assert prepared["other"].dtype == torch.bfloat16
+    assert prepared["confidences"].dtype == torch.float32
+    assert torch.equal(prepared["confidences"], batch["confidences"])
+    assert torch.equal(prepared["labels"], batch["labels"])
 
 
 def test_two_instruct_models_are_one_too_many(pair, config, conversations, no_weights):

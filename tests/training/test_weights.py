@@ -24,6 +24,11 @@ def test_token_weights(options, expected):
     torch.testing.assert_close(token_weights(CONFIDENCES, LABELS, **options), torch.tensor(expected))
 
 
+def test_token_weights_are_computed_in_float32():
+    weights = token_weights(CONFIDENCES.bfloat16(), LABELS, exponent=0.3)
+    torch.testing.assert_close(weights, token_weights(CONFIDENCES.bfloat16().float(), LABELS, exponent=0.3))
+
+
 @pytest.mark.parametrize("normalization", ["weights", "tokens", "microbatch"])
 def test_a_batch_without_weight_gives_a_finite_loss_and_gradient(normalization):
     log_probs = torch.tensor([[-2.0, -4.0]], requires_grad=True)
