@@ -1,4 +1,4 @@
-"""SFTTrainer's collator with the confidences carried along."""
+"""SFTTrainer's collator with the confidences carried along, and with the lengths of the rows it joins."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,33 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 
+# What the collators of this module add to a batch for the loss and the metrics
+NOT_FOR_THE_MODEL = ("confidences", "row_lengths")
+
+
 @dataclass
-class DataCollatorForGIFT(DataCollatorForLanguageModeling):
+class RowDataCollator(DataCollatorForLanguageModeling):
+    """
+    [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`] that says in padding-free mode how long the rows of the
+    dataset are that it joins: `"row_lengths"` of shape `(rows,)`. A packed row is one, whatever it was packed from.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super().torch_call(examples)
+        if self.padding_free:
+            output["row_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
+        return output
+
+
+@dataclass
+class DataCollatorForGIFT(RowDataCollator):
     """
     Data collator for annotated language modeling data.
 
     Everything is [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`], and `"confidences"` is joined and
     padded exactly as `"input_ids"` is: in padded mode to shape `(batch, seq_len)` with 0.0, in padding-free mode to
-    shape `(1, total_len)`; float32.
+    shape `(1, total_len)`; float32. In padding-free mode there is `"row_lengths"` too, the number of tokens of every row
+    that was joined. Neither is an input of the model.
 
     Raises:
         `ValueError`: If a row has no confidences, not as many as tokens, or some that are no probabilities.

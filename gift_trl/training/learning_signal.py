@@ -153,9 +153,17 @@ def real_rows(inputs: Mapping[str, torch.Tensor], accelerator: Accelerator) -> t
     if not state.end_of_dataloader or state.remainder <= 0 or accelerator.num_processes == 1:
         return None
     labels = inputs["labels"]
-    if "attention_mask" not in inputs and "position_ids" in inputs:  # padding-free: rows follow each other in one
-        rows = (inputs["position_ids"] == 0).cumsum(dim=1) - 1
-        count: torch.Tensor | int = rows[:, -1:] + 1
+    if "row_lengths" in inputs:  # padding-free: rows follow each other in one
+        ends = inputs["row_lengths"].cumsum(0)
+        rows = torch.bucketize(torch.arange(labels.shape[1], device=ends.device), ends, right=True)[None]
+        count = len(ends)
+    elif len(labels) == 1 and "attention_mask" not in inputs and "position_ids" in inputs:
+        logger.warning_once(
+            "The data collator does not say how long the rows are that it joins, so `nll` and `gift/*` of an evaluation in "
+            "several processes count the rows that the last batch repeats. Let it give `row_lengths`, as "
+            "`gift_trl.training.DataCollatorForGIFT` does, or evaluate in one process."
+        )
+        return None
     else:
         rows = torch.arange(len(labels), device=labels.device)[:, None]
         count = len(labels)

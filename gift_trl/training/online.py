@@ -11,10 +11,11 @@ from gift_trl.annotation.engine import together
 from gift_trl.annotation.head import add_scoring_head
 from gift_trl.annotation.loading import check_scoring_model, load_scoring_model
 from gift_trl.annotation.scoring import ModelScorer, unwrap_model
+from gift_trl.training.data_collator import NOT_FOR_THE_MODEL
 
 
 # What a batch holds for the loss or the trainer, and not for a forward pass that scores
-_NOT_FOR_THE_MODEL = ("confidences", "output_router_logits", "use_cache")
+_NOT_FOR_SCORING = (*NOT_FOR_THE_MODEL, "output_router_logits", "use_cache")
 
 
 class OnlineConfidences:
@@ -78,7 +79,7 @@ class OnlineConfidences:
             `ValueError`: If the first batch shows that the confidences would be wrong: token ids beyond the model's
                 vocabulary, rows that begin twice, an architecture with unknown logits, or weights that are not finite.
         """
-        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_SCORING}
         device = inputs["labels"].device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if self._checked:

@@ -37,7 +37,7 @@ from gift_trl.training.checks import (
 from gift_trl.training.compatibility import check_trl_hooks
 from gift_trl.training.confidences import ConfidenceSource, share_weights
 from gift_trl.training.config import GIFTConfig
-from gift_trl.training.data_collator import DataCollatorForGIFT
+from gift_trl.training.data_collator import NOT_FOR_THE_MODEL, DataCollatorForGIFT, RowDataCollator
 from gift_trl.training.learning_signal import LearningSignal, real_rows
 from gift_trl.training.loss import weighted_loss
 from gift_trl.training.model_card import (
@@ -222,10 +222,11 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             formatting_func=formatting_func if self._confidence_source.is_online else None,
         )
 
-        if data_collator is None and not self._confidence_source.is_online:
+        if data_collator is None:
             # SFTTrainer refuses a custom collator in padding-free mode, so its own is replaced by ours afterwards
             own: Any = self.data_collator
-            self.data_collator = DataCollatorForGIFT(
+            collator = RowDataCollator if self._confidence_source.is_online else DataCollatorForGIFT
+            self.data_collator = collator(
                 pad_token_id=own.pad_token_id,
                 padding_free=own.padding_free,
                 return_position_ids=own.return_position_ids,
@@ -397,7 +398,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             return outputs
 
         # SFTTrainer runs the forward pass and keeps its metrics. Its loss, the plain cross-entropy, is not used.
-        sft_inputs = {name: value for name, value in inputs.items() if name != "confidences"}
+        sft_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         result = super().compute_loss(forward, sft_inputs, return_outputs=return_outputs)
         if len(passes) != 1:
             raise RuntimeError(

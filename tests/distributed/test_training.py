@@ -18,6 +18,8 @@ METRICS = {"loss", "nll", "num_tokens", "entropy", "mean_token_accuracy"} | {
 }
 # A stateful optimizer and dropout, so that resuming has something to restore; five steps in the only epoch
 RESUMABLE = {"args": {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}, "dropout": 0.1}
+# Nine rows in the evaluation set, so that two processes repeat one of them
+PACKED = {"packing": True, "max_length": 128, "eval_strategy": "epoch"}
 LOCAL = ["--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -44,6 +46,7 @@ def reference(launcher):
     runs = [
         {"name": "adam", **batch(4, optim="adamw_torch")},
         {"name": "borrowed", "untrained": True, **batch(4, borrow_instruct_token_rows=True)},
+        {"name": "packed", "annotated": True, **batch(2, **PACKED)},
     ]
     return launcher.run("single", "single", [*common(4), *runs])
 
@@ -69,6 +72,8 @@ def launched(launcher):
             runs += [
                 {"name": "online", **batch(2, confidence_source="online")},
                 {"name": "borrowed", "untrained": True, **batch(2, borrow_instruct_token_rows=True)},
+                {"name": "packed", "annotated": True, **batch(1, **PACKED)},
+                {"name": "packed online", **batch(1, confidence_source="online", **PACKED)},
                 {"name": "own mean", **batch(2, average_tokens_across_devices=False)},
                 {"name": "microbatch", **batch(2, weight_normalization="microbatch", gradient_accumulation_steps=2)},
                 resumable("uninterrupted"),
@@ -200,6 +205,18 @@ def test_two_processes_log_what_one_does(reference, launched, config):
                 # In an evaluation, SFTTrainer means its own metrics over batches, repeated rows included
                 if metric.startswith("gift/") or metric == "nll" or (key in METRICS and metric == key):
                     assert found[key] == pytest.approx(expected[key], rel=1e-6), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", RESUMED)
+def test_packed_rows_that_are_repeated_count_once(reference, launched, relative_difference, config):
+    for name in ("packed", "packed online"):
+        one, two = reference["packed"], launched(config)[name]
+        check_distribution(two.facts, config)
+        assert relative_difference(two.final, one.final) < 1e-6
+        expected, found = (next(entry for entry in run.facts["log"] if "eval_nll" in entry) for run in (one, two))
+        for key in ("eval_nll", *(f"eval_{metric}" for metric in METRICS if metric.startswith("gift/"))):
+            assert found[key] == pytest.approx(expected[key], rel=1e-6), key
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from transformers import IntervalStrategy
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gift_trl import GIFTSFTTrainer, annotate_dataset
 from gift_trl.training import DataCollatorForGIFT
+from gift_trl.training.data_collator import RowDataCollator
 from gift_trl.training.learning_signal import LearningSignal, real_rows
 
 
@@ -92,22 +94,60 @@ def test_steps_after_the_last_log_are_logged_at_the_end(conversations, config, r
     assert trainer.state.log_history[0]["nll"] == pytest.approx(every[0]["nll"], rel=1e-6)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_rows_that_are_repeated_are_found(padding_free):
-    # 5 rows, 2 processes × 2 rows: the last batch has one row, and 3 that are repeated
-    examples = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6], "confidences": [0.0, 0.5, 0.5]}] * 2
-    batch = DataCollatorForGIFT(pad_token_id=0, padding_free=padding_free)(examples)
-    real = []
-    for process in range(2):
-        accelerator = SimpleNamespace(
-            num_processes=2,
-            process_index=process,
-            gradient_state=SimpleNamespace(end_of_dataloader=True, remainder=1),
-        )
-        real.append(real_rows(batch, accelerator).expand_as(batch["labels"]).flatten().tolist())
-        accelerator.gradient_state.end_of_dataloader = False
+@pytest.mark.parametrize("collator", [DataCollatorForGIFT, RowDataCollator])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"padding_free": True}, {"padding_free": True, "pad_to_multiple_of": 16}],
+    ids=["padded", "padding-free", "multiple"],
+)
+def test_rows_that_are_repeated_are_found(settings, packed, collator):
+    # 2 processes × 2 rows: the last batch has one or three rows, and others that are repeated
+    rows = [[10, 11, 12, 13, 14], [20, 21, 22]]
+    examples = [{"input_ids": row, "labels": row, "confidences": [0.5] * len(row)} for row in rows]
+    if packed:  # the first row is two that were joined before
+        examples = [{**example, "seq_lengths": n} for example, n in zip(examples, [[2, 3], [3]], strict=True)]
+    batch = collator(pad_token_id=0, **settings)(examples)
+    for remainder, expected in ((1, [rows[0], []]), (3, [rows[0] + rows[1], rows[0]])):
+        counted = []
+        for process in range(2):
+            accelerator = SimpleNamespace(
+                num_processes=2,
+                process_index=process,
+                gradient_state=SimpleNamespace(end_of_dataloader=True, remainder=remainder),
+            )
+            real = real_rows(batch, accelerator).expand_as(batch["labels"])
+            counted.append(batch["input_ids"][real & (batch["input_ids"] != 0)].tolist())
+            accelerator.gradient_state.end_of_dataloader = False
+            assert real_rows(batch, accelerator) is None
+        assert counted == expected
+
+
+def test_rows_joined_by_a_collator_of_ones_own_are_all_counted_and_warned_of(caplog):
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([{"input_ids": [10, 11]}] * 2)
+    accelerator = SimpleNamespace(
+        num_processes=2, process_index=1, gradient_state=SimpleNamespace(end_of_dataloader=True, remainder=1)
+    )
+    for _ in range(2):
         assert real_rows(batch, accelerator) is None
-    assert real == [[True] * 3 + [False] * 3, [False] * 6]
+    assert caplog.text.count("does not say how long the rows are that it joins") == 1
+
+
+@pytest.mark.parametrize("source", ["offline", "online"])
+def test_the_lengths_of_rows_are_not_for_the_model(conversations, config, pair, lora, source):
+    args = config(confidence_source=source, packing=True, max_length=128, per_device_train_batch_size=2)
+    trainer = GIFTSFTTrainer(pair[0], args, train_dataset=conversations, peft_config=lora)
+    rows = [trainer.train_dataset[i] for i in range(2)]
+    assert trainer.data_collator(rows)["row_lengths"].tolist() == [len(row["input_ids"]) for row in rows]
+    given = []
+    models = (
+        [trainer.model] if source == "offline" else [trainer.model, trainer._confidence_source._online._scorer.model]
+    )
+    for model in models:
+        model.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs.keys()), with_kwargs=True)
+    trainer.train()
+    assert len(given) >= len(models)
+    assert not any({"row_lengths", "confidences"} & names for names in given)
 
 
 def test_nothing_is_exchanged_between_logs(pair, conversations, config, lora, monkeypatch):
