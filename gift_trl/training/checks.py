@@ -147,11 +147,16 @@ def check_supported(
 def choose_instruct_model(instruct_model: Any, args: GIFTConfig) -> str | PreTrainedModel | None:
     """The instruct model of the constructor or of the configuration, which must not name two."""
     named = args.instruct_model_name_or_path
-    if isinstance(instruct_model, str) and named is not None and instruct_model != named:
+    if instruct_model is None or named is None:
+        return named if instruct_model is None else instruct_model
+    given = instruct_model if isinstance(instruct_model, str) else get_config_model_id(instruct_model.config)
+    one_folder = os.path.isdir(given) and os.path.isdir(named) and os.path.samefile(given, named)
+    # Nothing is known of a model that was built in memory
+    if given and given != named and not one_folder:
         raise ValueError(
-            f"`instruct_model` is `{instruct_model}`, and `args.instruct_model_name_or_path` is `{named}`. Name one."
+            f"`instruct_model` is `{given}`, and `args.instruct_model_name_or_path` is `{named}`. Name one."
         )
-    return named if instruct_model is None else instruct_model
+    return instruct_model
 
 
 def choose_processing_class(
@@ -232,6 +237,13 @@ def check_annotation(
                 run["weights"] = None if provenance.weights is None else identify_weights(annotator, revision)
                 if run["weights"] is None:
                     run["model"] = model_name(annotator)
+                    in_memory = not isinstance(annotator, str) and not get_config_model_id(annotator.config)
+                    if in_memory and provenance.model == run["model"]:
+                        logger.warning_once(
+                            f"The `confidences` of the {dataset_name} dataset were made by a model that was built in "
+                            "memory, and this run's has no name either, so it is not checked that the two are one. Save "
+                            "the model and give its folder."
+                        )
         differing = [
             f"{name} (annotated with {getattr(provenance, name)}, this run has {value})"
             for name, value in run.items()

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -162,6 +163,22 @@ def test_the_instruct_model_under_the_trained_adapter_scores_without_it(pair, co
         )
 
 
+def test_confidences_of_a_model_built_in_memory_are_warned_of(pair, config, conversations, caplog):
+    # Neither a name nor weights on a disk tell it from another one
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    one, other = (AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair[1])) for _ in range(2))
+    for model in (one, other):
+        model.config._name_or_path = ""
+    annotated = annotate_dataset(conversations, one, tokenizer, args=config())
+    kwargs = {"args": config(instruct_model_name_or_path=None), "processing_class": tokenizer}
+    for _ in range(2):
+        construct(pair, config, annotated, instruct_model=other, **kwargs)
+    assert caplog.text.count("so it is not checked that the two are one") == 1
+    # A model that is named is another one
+    with pytest.raises(ValueError, match=r"another run: model \(annotated with \(in memory\)"):
+        construct(pair, config, annotated, instruct_model=AutoModelForCausalLM.from_pretrained(pair[1]), **kwargs)
+
+
 @pytest.mark.parametrize("lora_on", [True, False], ids=["LoRA", "full"])
 def test_a_trained_model_does_not_annotate(pair, config, conversations, lora, lora_on):
     model = AutoModelForCausalLM.from_pretrained(pair[0])
@@ -207,6 +224,20 @@ def test_deepspeed_leaves_confidences_in_float32(pair, config, conversations, lo
 def test_two_instruct_models_are_one_too_many(pair, config, conversations, no_weights):
     with pytest.raises(ValueError, match="Name one"):
         construct(pair, config, conversations, instruct_model=pair[0])
+
+
+def test_a_named_instruct_model_is_no_other_object(pair, config, conversations, tmp_path, lora):
+    def construct_with(name, folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        args = config(instruct_model_name_or_path=name)
+        construct(pair, config, conversations, args=args, instruct_model=model, peft_config=lora)
+
+    with pytest.raises(ValueError, match=r"`instruct_model` is `.*base`, and .* is `.*instruct`. Name one"):
+        construct_with(pair[1], pair[0])
+    # One folder may be spelled in two ways
+    (tmp_path / "link").symlink_to(pair[1])
+    for name in (str(tmp_path / "link"), f"{pair[1]}/", os.path.relpath(pair[1])):
+        construct_with(name, pair[1])
 
 
 @pytest.mark.parametrize(
