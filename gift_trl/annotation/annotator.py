@@ -44,6 +44,7 @@ from gift_trl.annotation.scoring import default_tokens_per_batch, describe_quant
 from gift_trl.annotation.server import ServerScorer
 from gift_trl.annotation.tokenization import (
     SortedRows,
+    completions_only,
     prepare_processing_class,
     sort_out_rows,
     tokenize_dataset,
@@ -161,7 +162,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         check_lengths(rows, positions, cut_later=max_length is None and self._args.max_length is not None)
         confidences, record = self._confidences(rows, max_length, dataset_name)
         annotated = concatenate_datasets([rows.rows, confidences], axis=1)
-        return self._describe(annotated, rows, whole, max_length, record, dataset_name)
+        return self._describe(annotated, rows, whole, max_length, {**record, **self._masks(dataset)}, dataset_name)
 
     def import_scores(self, dataset: Dataset, *, packing: bool | None = None, dataset_name: str = "train") -> Dataset:
         """
@@ -182,6 +183,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         record = {
             **{"model": model_name(self._model), "commit": None, "weights": None, "dtype": "unknown"},
             **{"engine": "imported", "versions": library_versions()},
+            **self._masks(dataset),
         }
         return self._describe(rows.rows, rows, whole, self._max_length(packing), record, dataset_name)
 
@@ -210,6 +212,12 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
             )
         return rows, len(tokenized)
 
+    def _masks(self, dataset: Dataset) -> dict[str, Any]:
+        return {
+            "assistant_only_loss": self._args.assistant_only_loss,
+            "completion_only_loss": completions_only(dataset, self._args),
+        }
+
     def _describe(
         self,
         annotated: Dataset,
@@ -229,8 +237,6 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         provenance = Provenance(
             vocabulary=hash_vocabulary(self.processing_class),
             chat_template=hash_chat_template(self.processing_class.chat_template),
-            assistant_only_loss=self._args.assistant_only_loss,
-            completion_only_loss=self._args.completion_only_loss,
             max_length=max_length,
             end_of_turn_token_ids=self._end_of_turn_token_ids,
             rows=len(annotated),

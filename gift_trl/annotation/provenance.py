@@ -40,7 +40,7 @@ class Provenance:
         assistant_only_loss (`bool`):
             Whether only assistant turns are targets.
         completion_only_loss (`bool` or `None`):
-            Whether only completions are targets; `None` if left to the format of the data.
+            Whether only completions are targets; `None` if the data marks no completions.
         max_length (`int` or `None`):
             Length in tokens the rows were truncated to; `None` if they were not.
         end_of_turn_token_ids (`list[int]`):

@@ -116,9 +116,7 @@ def tokenize_dataset(
             )
         if not has_generation_markers(processing_class.chat_template):
             chat_template = get_training_chat_template(processing_class)
-    completion_only_loss = args.completion_only_loss
-    if completion_only_loss is None:
-        completion_only_loss = "prompt" in example and "completion" in example
+    completion_only_loss = _completion_only_loss(dataset, args)
     if completion_only_loss and formatting_func is not None:
         raise ValueError(
             f"A `formatting_func` turns the {dataset_name} dataset into plain text, in which no completion is marked, but "
@@ -130,6 +128,31 @@ def tokenize_dataset(
     return SFTTrainer._prepare_dataset(
         preparation, dataset, processing_class, sft_args, False, formatting_func, dataset_name
     )
+
+
+def completions_only(dataset: Dataset, args: SFTConfig) -> bool | None:
+    """
+    Whether only the completions of a dataset become targets.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset as it is given to [`tokenize_dataset`].
+        args ([`~trl.SFTConfig`]):
+            Training arguments.
+
+    Returns:
+        `bool` or `None`: `completion_only_loss` as it is in effect; `None` where it has none, since no completion is
+        marked or the `labels` are given.
+    """
+    columns = dataset.column_names
+    marked = "completion_mask" in columns if "input_ids" in columns else "prompt" in columns
+    return _completion_only_loss(dataset, args) if marked and "labels" not in columns else None
+
+
+def _completion_only_loss(dataset: Dataset, args: SFTConfig) -> bool:
+    if args.completion_only_loss is not None:
+        return args.completion_only_loss
+    return {"prompt", "completion"} <= set(dataset.column_names)
 
 
 def _check_columns(

@@ -214,6 +214,7 @@ def check_annotation(
     Refuses confidences that belong to another run, and names every field that differs; warns of what cannot be known.
     """
     provenances = read_provenance(dataset)
+    columns = set(get_dataset_column_names(dataset))
     if not provenances:
         logger.warning(
             f"The `confidences` of the {dataset_name} dataset say nothing of where they come from, so it is not checked "
@@ -225,6 +226,18 @@ def check_annotation(
             "assistant_only_loss": args.assistant_only_loss,
             "completion_only_loss": args.completion_only_loss,
         }
+        if (
+            provenance.completion_only_loss
+            and not {"prompt", "completion"} & columns
+            and not args.completion_only_loss
+        ):
+            # Unset, it follows from columns that have been removed since
+            run["completion_only_loss"] = None
+            logger.warning(
+                f"Only the completions of the {dataset_name} dataset are targets, as `completion_only_loss` said when it "
+                f"was annotated. This run's is {args.completion_only_loss}, or unset while the columns `prompt` and "
+                "`completion` are gone. Set it to True, or annotate the original dataset with False to train on whole rows."
+            )
         if processing_class is not None:
             run["vocabulary"] = hash_vocabulary(processing_class)
         if annotator is not None:

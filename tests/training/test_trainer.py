@@ -123,6 +123,41 @@ def test_data_masked_otherwise_is_refused(pair, config, conversations):
         construct(pair, config, annotated, args=config(assistant_only_loss=True))
 
 
+def test_data_with_other_targets_is_refused(pair, config, conversations, caplog):
+    annotated = annotate_dataset(conversations, pair[1])
+    messages = conversations.map(
+        lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=conversations.column_names
+    )
+    whole = annotate_dataset(messages, pair[1])
+    assert [read_provenance(data)[0].completion_only_loss for data in (annotated, whole)] == [True, None]
+    refused = pytest.raises(ValueError, match=r"completion_only_loss \(annotated with True, this run has False\)")
+    with refused:
+        construct(pair, config, annotated, args=config(completion_only_loss=False))
+    with refused:
+        construct(pair, config, whole, args=config(completion_only_loss=False), eval_dataset=annotated)
+    # Where no completion is marked, it says nothing
+    for value in (True, False, None):
+        construct(pair, config, whole, args=config(completion_only_loss=value))
+    construct(pair, config, annotated)
+    assert not caplog.records
+    # Without the columns, an unset `completion_only_loss` looks like a False one
+    bare = annotated.select_columns(["input_ids", "labels", "confidences"])
+    construct(pair, config, bare, args=config(completion_only_loss=True))
+    assert not caplog.records
+    construct(pair, config, bare)
+    assert "Only the completions of the train dataset are targets" in caplog.text
+
+
+@pytest.mark.parametrize("given", [True, False, None])
+def test_masks_of_tokens_are_on_record(pair, config, given):
+    tokens = {"input_ids": [[5, 6, 7, 8]], "completion_mask": [[0, 0, 1, 1]]}
+    args = config(completion_only_loss=given)
+    marked = annotate_dataset(Dataset.from_dict(tokens), pair[1], args=args)
+    assert read_provenance(marked)[0].completion_only_loss is bool(given)
+    labelled = annotate_dataset(Dataset.from_dict({**tokens, "labels": [[-100, 6, 7, 8]]}), pair[1], args=args)
+    assert read_provenance(labelled)[0].completion_only_loss is None
+
+
 def test_confidences_of_unknown_origin_are_warned_of(pair, config, caplog):
     dataset = Dataset.from_dict({"input_ids": [[5, 6]], "confidences": [[0.0, 0.5]]})
     construct(pair, config, dataset)
