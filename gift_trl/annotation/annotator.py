@@ -48,6 +48,7 @@ from gift_trl.annotation.tokenization import (
     prepare_processing_class,
     sort_out_rows,
     tokenize_dataset,
+    written_eos_token,
 )
 from gift_trl.model_pair import end_of_turn_token_ids, load_tokenizer
 
@@ -162,7 +163,9 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         check_lengths(rows, positions, cut_later=max_length is None and self._args.max_length is not None)
         confidences, record = self._confidences(rows, max_length, dataset_name)
         annotated = concatenate_datasets([rows.rows, confidences], axis=1)
-        return self._describe(annotated, rows, whole, max_length, {**record, **self._masks(dataset)}, dataset_name)
+        return self._describe(
+            annotated, rows, whole, max_length, {**record, **self._describe_tokens(dataset)}, dataset_name
+        )
 
     def import_scores(self, dataset: Dataset, *, packing: bool | None = None, dataset_name: str = "train") -> Dataset:
         """
@@ -183,7 +186,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
         record = {
             **{"model": model_name(self._model), "commit": None, "weights": None, "dtype": "unknown"},
             **{"engine": "imported", "versions": library_versions()},
-            **self._masks(dataset),
+            **self._describe_tokens(dataset),
         }
         return self._describe(rows.rows, rows, whole, self._max_length(packing), record, dataset_name)
 
@@ -212,10 +215,12 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
             )
         return rows, len(tokenized)
 
-    def _masks(self, dataset: Dataset) -> dict[str, Any]:
+    def _describe_tokens(self, dataset: Dataset) -> dict[str, Any]:
         return {
             "assistant_only_loss": self._args.assistant_only_loss,
             "completion_only_loss": completions_only(dataset, self._args),
+            "truncation_mode": self._args.truncation_mode,
+            "eos_token": written_eos_token(dataset, self.processing_class),
         }
 
     def _describe(

@@ -57,6 +57,10 @@ class Provenance:
             Quantisation method of the scoring model, `None` if it is not quantised.
         tokens_per_batch (`int` or `None`):
             Upper bound of the padded tokens in one forward pass; it moves the confidences by rounding only.
+        truncation_mode (`str` or `None`):
+            Which end of a row truncation keeps, `"keep_start"` or `"keep_end"`. `None` in older annotations.
+        eos_token (`str` or `None`):
+            End-of-sequence token, `None` if nothing wrote it into the rows.
         versions (`dict[str, str]`):
             Versions of the libraries.
     """
@@ -77,6 +81,8 @@ class Provenance:
     engine: str = "transformers"
     quantization: str | None = None
     tokens_per_batch: int | None = None
+    truncation_mode: str | None = None
+    eos_token: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational
+from trl.data_utils import is_conversational, is_conversational_from_value
 
 from gift_trl.annotation.rows import RowStatistics, check_token_columns, measure_rows
 
@@ -147,6 +147,28 @@ def completions_only(dataset: Dataset, args: SFTConfig) -> bool | None:
     columns = dataset.column_names
     marked = "completion_mask" in columns if "input_ids" in columns else "prompt" in columns
     return _completion_only_loss(dataset, args) if marked and "labels" not in columns else None
+
+
+def written_eos_token(dataset: Dataset, processing_class: PreTrainedTokenizerBase) -> str | None:
+    """
+    The end-of-sequence token, if the rows of a dataset depend on it.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset as it is given to [`tokenize_dataset`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `str` or `None`: The token, which SFTTrainer writes after plain text, and some chat templates after a turn; `None`
+        where neither does.
+    """
+    example = dataset[0]
+    if "input_ids" in example:
+        return None
+    if is_conversational(example) or is_conversational_from_value(example):
+        return processing_class.eos_token if "eos_token" in str(processing_class.chat_template) else None
+    return processing_class.eos_token
 
 
 def _completion_only_loss(dataset: Dataset, args: SFTConfig) -> bool:

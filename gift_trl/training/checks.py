@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from accelerate import ParallelismConfig
@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from gift_trl.annotation.provenance import (
+    Provenance,
     hash_chat_template,
     hash_vocabulary,
     identify_commit,
@@ -221,13 +222,16 @@ def check_annotation(
             "that they belong to this run's models and chat format. `annotate_dataset`, and folders written by "
             "`gift-trl annotate` and given as `dataset_name`, carry it."
         )
+    packing = args.packing if dataset_name == "train" or args.eval_packing is None else args.eval_packing
     for provenance in provenances:
+        settings = {**asdict(provenance), "completion_only_loss": _completion_only_loss(provenance, columns)}
         run: dict[str, Any] = {
             "assistant_only_loss": args.assistant_only_loss,
             "completion_only_loss": args.completion_only_loss,
+            "eos_token": args.eos_token,
         }
         if (
-            provenance.completion_only_loss
+            settings["completion_only_loss"]
             and not {"prompt", "completion"} & columns
             and not args.completion_only_loss
         ):
@@ -243,6 +247,7 @@ def check_annotation(
         if annotator is not None:
             if processing_class is not None:
                 tokenizer = prepare_processing_class(processing_class, args)
+                run["eos_token"] = tokenizer.eos_token
                 run["chat_template"] = hash_chat_template(tokenizer.chat_template)
             commit = identify_commit(annotator, revision)
             # The same commit is the same weights; to compare two commits, or a commit and a copy, the weights are needed
@@ -257,10 +262,13 @@ def check_annotation(
                             "memory, and this run's has no name either, so it is not checked that the two are one. Save "
                             "the model and give its folder."
                         )
+        splits = packing and args.packing_strategy != "bfd"
+        if provenance.truncated and args.max_length is not None and not splits:
+            run["truncation_mode"] = "keep_start" if packing else args.truncation_mode
         differing = [
-            f"{name} (annotated with {getattr(provenance, name)}, this run has {value})"
+            f"{name} (annotated with {settings[name]}, this run has {value})"
             for name, value in run.items()
-            if value is not None and getattr(provenance, name) not in (None, value)
+            if value is not None and settings[name] not in (None, value)
         ]
         if differing:
             raise ValueError(
@@ -269,9 +277,22 @@ def check_annotation(
                 "and settings, or give the run those of the annotation."
             )
         cut_at = provenance.max_length
-        if provenance.truncated and cut_at is not None and cut_at < (args.max_length or float("inf")):
+        if provenance.truncated and splits:
+            logger.warning(
+                f"{provenance.truncated} rows of the {dataset_name} dataset were cut to {cut_at} tokens when they were "
+                f"annotated, and `packing_strategy={args.packing_strategy!r}` would train on what was cut off too. "
+                "Annotate with this run's `packing` to train on the whole rows."
+            )
+        elif provenance.truncated and cut_at is not None and cut_at < (args.max_length or float("inf")):
             logger.warning(
                 f"{provenance.truncated} rows of the {dataset_name} dataset were cut to {cut_at} tokens "
                 f"when they were annotated, and this run allows {args.max_length}. Annotate with this run's `max_length` "
                 "to train on the whole rows."
             )
+
+
+def _completion_only_loss(provenance: Provenance, columns: set[str]) -> bool | None:
+    if provenance.truncation_mode is None and {"prompt", "completion"} <= columns:
+        # An older annotation has None where it was left to the data
+        return provenance.completion_only_loss is not False
+    return provenance.completion_only_loss

@@ -3,7 +3,7 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gift_trl import GIFTConfig, GIFTSFTTrainer, annotate_dataset
 from gift_trl.annotation import read_provenance
+from gift_trl.annotation.provenance import add_provenance
 
 
 @pytest.fixture
@@ -156,6 +157,62 @@ def test_masks_of_tokens_are_on_record(pair, config, given):
     assert read_provenance(marked)[0].completion_only_loss is bool(given)
     labelled = annotate_dataset(Dataset.from_dict({**tokens, "labels": [[-100, 6, 7, 8]]}), pair[1], args=args)
     assert read_provenance(labelled)[0].completion_only_loss is None
+
+
+@pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
+def test_rows_cut_otherwise_are_refused(pair, config, conversations, caplog):
+    starts, ends = (
+        annotate_dataset(conversations, pair[1], args=config(max_length=32, truncation_mode=mode))
+        for mode in ("keep_start", "keep_end")
+    )
+    with pytest.raises(ValueError, match=r"truncation_mode \(annotated with keep_start, this run has keep_end\)"):
+        construct(pair, config, starts, args=config(max_length=32, truncation_mode="keep_end"))
+    packed = {"packing": True, "max_length": 32}
+    # This strategy keeps the start, whatever `truncation_mode` says
+    with pytest.raises(ValueError, match=r"truncation_mode \(annotated with keep_end, this run has keep_start\)"):
+        construct(pair, config, ends, args=config(**packed))
+    construct(pair, config, ends, args=config(max_length=32, truncation_mode="keep_end"))
+    construct(pair, config, starts, args=config(**packed))
+    # Nothing was cut
+    whole = annotate_dataset(conversations, pair[1])
+    construct(pair, config, whole, args=config(max_length=32, truncation_mode="keep_end"))
+    construct(pair, config, whole, args=config(**packed, packing_strategy="wrapped"))
+    assert not caplog.records
+    for i, strategy in enumerate(("bfd_split", "wrapped")):
+        construct(pair, config, starts, args=config(**packed, packing_strategy=strategy))
+        assert len(caplog.records) == i + 1
+        assert f"`packing_strategy='{strategy}'` would train on what was cut off too" in caplog.text
+    caplog.clear()
+    construct(pair, config, whole, args=config(**packed, packing_strategy="wrapped"), eval_dataset=starts)
+    assert "rows of the eval dataset were cut to 32 tokens" in caplog.text
+
+
+def test_rows_that_end_otherwise_are_refused(pair, config, conversations, tokenizer):
+    args = config(eos_token="<|start|>")
+    text = annotate_dataset(Dataset.from_dict({"text": ["One, two.", "Blue."]}), pair[1])
+    with pytest.raises(ValueError, match=r"eos_token \(annotated with <\|end\|>, this run has <\|start\|>\)"):
+        construct(pair, config, text, args=args)
+    # The chat template, and token ids, know nothing of it
+    tokens = Dataset.from_dict({"input_ids": text["input_ids"][:]})
+    for data in (conversations, tokens):
+        annotated = annotate_dataset(data, pair[1])
+        assert read_provenance(annotated)[0].eos_token is None
+        construct(pair, config, annotated, args=args)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("'<|end|>'", "eos_token")
+    annotated = annotate_dataset(conversations, pair[1], other)
+    assert read_provenance(annotated)[0].eos_token == "<|end|>"
+    with pytest.raises(ValueError, match=r"run: eos_token"):
+        construct(pair, config, annotated, args=args, processing_class=other)
+
+
+def test_older_annotations_are_told_by_their_columns(pair, config, conversations):
+    annotated = annotate_dataset(conversations, pair[1])
+    (provenance,) = read_provenance(annotated)
+    older = replace(provenance, completion_only_loss=None, truncation_mode=None, eos_token=None)
+    construct(pair, config, add_provenance(annotated, older))
+    with pytest.raises(ValueError, match=r"completion_only_loss \(annotated with True, this run has False\)"):
+        construct(pair, config, annotated, args=config(completion_only_loss=False))
 
 
 def test_confidences_of_unknown_origin_are_warned_of(pair, config, caplog):
