@@ -173,7 +173,7 @@ def test_fingerprint_follows_the_content_not_the_place(tmp_path, monkeypatch):
     assert weights_fingerprint(make_single(tmp_path / "other", seed=1)) != first
     assert weights_fingerprint(make_sharded(tmp_path / "sharded")) != first
 
-    # A file above the limit is sampled in the middle of every tensor.
+    # A larger file is sampled
     monkeypatch.setattr(checkpoints, "_WHOLE_FILE_BYTES", 0)
     big = weights_fingerprint(make_single(tmp_path / "big", rows=4096))
     assert weights_fingerprint(make_single(tmp_path / "big", rows=4096)) == big
@@ -183,6 +183,26 @@ def test_fingerprint_follows_the_content_not_the_place(tmp_path, monkeypatch):
     content[read_header(file)[1] + (start + end) // 2] ^= 1
     file.write_bytes(content)
     assert weights_fingerprint(tmp_path / "big") != big
+
+
+def test_fingerprint_sees_every_row_of_the_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_WHOLE_FILE_BYTES", 0)
+    monkeypatch.setattr(checkpoints, "_BLOCK_BYTES", 1000)
+    layers = {"model.layers.0.mlp.up_proj.weight": (96, 64), "model.layers.10.experts.down_proj": (2, 80, 64)}
+    outside = {"model.embed_tokens.weight": (384, 32), "lm_head.weight": (383, 32), "model.norm.weight": (32,)}
+    tensors = {name: torch.zeros(shape) for name, shape in {**layers, **outside}.items()}
+
+    def fingerprint():
+        save_file(tensors, tmp_path / "model.safetensors")
+        return weights_fingerprint(tmp_path)
+
+    found = {fingerprint()}
+    places = [(name, place) for name in outside for place in (0, len(tensors[name]) // 3, -1)]
+    places += [(name, len(tensors[name]) // 2) for name in layers]
+    for name, place in places:
+        tensors[name][place] += 1
+        found.add(fingerprint())
+    assert len(found) == 1 + len(places)
 
 
 def test_write_folder_appears_whole(tmp_path, monkeypatch):
