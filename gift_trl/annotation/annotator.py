@@ -24,6 +24,7 @@ from gift_trl.annotation.checks import (
     check_server,
     check_token_ids,
     check_tokenizer,
+    warn_of_empty_answers,
 )
 from gift_trl.annotation.engine import find_scored_rows, keep_random_state, score_rows, share_files, together
 from gift_trl.annotation.imports import attach_scores
@@ -213,6 +214,7 @@ served_model_name, concurrency, tokens_per_batch, cache_dir:
                 f"No row of the {dataset_name} dataset has a token to learn from ({rows.reasons()}). Raise "
                 "`max_length`, or check that the completions are not empty and the masks not all zero."
             )
+        warn_of_empty_answers(rows.rows, self._end_of_turn_token_ids, self.processing_class, dataset_name, rows.names)
         return rows, len(tokenized)
 
     def _describe_tokens(self, dataset: Dataset) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What an annotation refuses: data and models whose confidences could not be right, or not be had."""
 
+import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from gift_trl.annotation.provenance import model_name
-from gift_trl.annotation.rows import RowStatistics
+from gift_trl.annotation.rows import RowStatistics, find_empty_answers
 from gift_trl.annotation.server import ServerScorer
 from gift_trl.annotation.tokenization import SortedRows
 from gift_trl.model_pair import load_tokenizer, vocabulary_conflicts
@@ -76,6 +78,29 @@ def check_lengths(rows: SortedRows, positions: int | None, *, cut_later: bool) -
     raise ValueError(
         f"Row {rows.names[longest]} is {lengths[longest]} tokens long, but the model has {positions} positions. {remedy}"
     )
+
+
+def warn_of_empty_answers(
+    dataset: Dataset,
+    end_of_turn_token_ids: Collection[int],
+    processing_class: PreTrainedTokenizerBase | None,
+    dataset_name: str,
+    names: np.ndarray | None = None,
+) -> None:
+    """Warns of rows that teach to end the turn at once: `eos_confidence` gives its end the full weight."""
+
+    @functools.cache
+    def is_blank(token_id: int) -> bool:
+        return processing_class is not None and not str(processing_class.decode([token_id])).strip()
+
+    rows = find_empty_answers(dataset, end_of_turn_token_ids, is_blank)
+    if len(rows):
+        first = rows[0] if names is None else names[rows[0]]
+        logger.warning(
+            f"{len(rows)} of {len(dataset)} rows of the {dataset_name} dataset have an empty answer, the first being row "
+            f"{first}: their only targets end the turn, which teaches the model to say nothing. Drop these rows from the "
+            "data, unless that is meant."
+        )
 
 
 def check_server(server: ServerScorer, model: str, statistics: RowStatistics, names: np.ndarray) -> None:

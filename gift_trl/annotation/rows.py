@@ -1,7 +1,7 @@
 """The rows that are scored, read from Arrow as they are needed."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,6 +153,44 @@ def check_token_columns(dataset: Dataset) -> None:
         empty = pc.is_null(dataset.with_format("arrow")[:][name]).to_numpy()
         if empty.any():
             raise ValueError(f"Row {int(empty.argmax())} has no `{name}`. Leave the row out, or tokenise it again.")
+
+
+def find_empty_answers(
+    dataset: Dataset, end_of_turn_token_ids: Collection[int], is_blank: Callable[[int], bool]
+) -> np.ndarray:
+    """
+    Finds the rows whose targets end a turn and say nothing.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset with the columns `input_ids` and `labels`.
+        end_of_turn_token_ids (`Collection[int]`):
+            Token ids that end a turn.
+        is_blank (`Callable`):
+            Tells whether the text of a token id is white space, which a chat template may write after a turn.
+
+    Returns:
+        `np.ndarray`, int64: Positions of the rows.
+
+    Raises:
+        `ValueError`: As [`check_token_columns`].
+    """
+    check_token_columns(dataset)
+    ends = np.array(sorted(end_of_turn_token_ids), dtype=np.int64)
+    found = [np.array([], dtype=np.int64)]
+    for start, table in _tables(dataset):
+        labels, offsets = flatten_lists(table["labels"])
+        targeted = target_labels(labels, offsets)
+        is_end = np.isin(targeted, ends)
+        is_other = (targeted != -100) & ~is_end
+        turns = _sum_rows(is_end, offsets)
+        # Only tokens of rows that could be empty are decoded
+        candidates = (turns > 0) & (_sum_rows(is_other, offsets) <= turns)
+        others = np.unique(targeted[is_other & np.repeat(candidates, np.diff(offsets))])
+        blank = [token_id for token_id in others.tolist() if is_blank(token_id)]
+        said = _sum_rows(is_other & ~np.isin(targeted, blank), offsets)
+        found.append(start + np.flatnonzero(candidates & (said == 0)))
+    return np.concatenate(found)
 
 
 def read_rows(dataset: Dataset, indices: Sequence[int], names: np.ndarray) -> list[Row]:

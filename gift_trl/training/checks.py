@@ -16,6 +16,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
+from gift_trl.annotation.checks import warn_of_empty_answers
 from gift_trl.annotation.provenance import (
     Provenance,
     hash_chat_template,
@@ -289,6 +290,12 @@ def check_annotation(
                 f"when they were annotated, and this run allows {args.max_length}. Annotate with this run's `max_length` "
                 "to train on the whole rows."
             )
+
+    if isinstance(dataset, Dataset) and "labels" in columns:
+        ends = {token_id for provenance in provenances for token_id in provenance.end_of_turn_token_ids}
+        if processing_class is not None and processing_class.eos_token_id is not None:
+            ends.add(processing_class.eos_token_id)
+        warn_of_empty_answers(dataset, ends, processing_class, dataset_name)
 
 
 def _completion_only_loss(provenance: Provenance, columns: set[str]) -> bool | None:

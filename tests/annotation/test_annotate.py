@@ -126,6 +126,31 @@ def test_rows_without_targets_are_counted_by_reason(pair, conversations):
     assert read_provenance(masked)[0].dropped == {"no target token": [0]}
 
 
+def test_empty_answers_are_warned_of(pair, tokenizer, caplog):
+    def answers(*texts):
+        turns = [{"role": "user", "content": "Is water wet?"}]
+        return [[*turns, {"role": "assistant", "content": text}] for text in texts]
+
+    kinds = [
+        Dataset.from_dict({"prompt": ["a"] * 4, "completion": ["b", "", "<|end|>", " c"]}),
+        Dataset.from_dict({"messages": answers("Yes.", "", "", "No.")}),
+        # The template writes a line break after the end of the turn
+        Dataset.from_list([{"prompt": a[:1], "completion": a[1:]} for a in answers("Yes.", "", "", "No.")]),
+    ]
+    for dataset in kinds:
+        args = SFTConfig(bf16=False, assistant_only_loss="messages" in dataset.column_names)
+        annotated = annotate_dataset(dataset, pair[1], args=args)
+        assert len(annotated) == 4, "SFTTrainer trains on them too"
+        (record,) = caplog.records
+        assert "2 of 4 rows of the train dataset have an empty answer, the first being row 1: " in record.message
+        caplog.clear()
+    # Under the loss on whole rows, the question is learnt from; and an answer may be one token
+    one = tokenizer.encode("four")[:1]
+    annotate_dataset(kinds[1], pair[1])
+    annotate_dataset(Dataset.from_dict({"input_ids": [[5, *one, 2]], "labels": [[-100, *one, 2]]}), pair[1])
+    assert not caplog.records
+
+
 def test_rows_to_be_packed_are_scored_whole(pair, conversations):
     args = SFTConfig(bf16=False, max_length=30, packing=True)
     whole = annotate_dataset(conversations, pair[1], args=args)

@@ -215,6 +215,20 @@ def test_older_annotations_are_told_by_their_columns(pair, config, conversations
         construct(pair, config, annotated, args=config(completion_only_loss=False))
 
 
+def test_empty_answers_are_warned_of(pair, config, conversations, caplog):
+    data = conversations.map(
+        lambda row, i: {"completion": [{"role": "assistant", "content": "Yes." * (i < 6)}]}, with_indices=True
+    )
+    annotated = annotate_dataset(data, pair[1])
+    for dataset in (data, annotated, annotated.select_columns(["input_ids", "labels", "confidences"])):
+        caplog.clear()
+        construct(pair, config, dataset, args=config(completion_only_loss=True))
+        assert caplog.text.count("2 of 8 rows of the train dataset have an empty answer, the first being row 6") == 1
+    caplog.clear()
+    construct(pair, config, conversations, args=config(completion_only_loss=True), eval_dataset=annotated)
+    assert caplog.text.count("2 of 8 rows of the eval dataset have an empty answer") == 1
+
+
 def test_confidences_of_unknown_origin_are_warned_of(pair, config, caplog):
     dataset = Dataset.from_dict({"input_ids": [[5, 6]], "confidences": [[0.0, 0.5]]})
     construct(pair, config, dataset)
