@@ -15,6 +15,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import is_conversational, is_conversational_from_value
 
 from gift_trl.annotation.rows import RowStatistics, check_token_columns, measure_rows
+from gift_trl.annotation.texts import check_texts
 
 
 EMPTY_COMPLETION = "no target token"
@@ -95,13 +96,22 @@ def tokenize_dataset(
         [`~datasets.Dataset`]: The dataset with the columns `input_ids` and `labels`.
 
     Raises:
-        `ValueError`: If the dataset is empty, or `assistant_only_loss` is set for data that is not conversational.
+        `ValueError`: If the dataset is empty, a row holds no text or messages where it should, or `assistant_only_loss`
+            is set for data that is not conversational.
     """
     if len(dataset) == 0:
         raise ValueError(f"The {dataset_name} dataset is empty. Check its path, split and `max_samples`.")
     check_token_columns(dataset)
     example = dataset[0]
     _check_columns(example, args, formatting_func, dataset_name)
+    if "input_ids" not in example:
+        check_texts(
+            dataset,
+            args.dataset_text_field,
+            dataset_name,
+            formatted=formatting_func is not None,
+            assistant_only_loss=args.assistant_only_loss,
+        )
     chat_template = None
     if args.assistant_only_loss:
         if not is_conversational(example) and "input_ids" not in example:

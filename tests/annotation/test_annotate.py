@@ -5,7 +5,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Json,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -14,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from gift_trl import annotate_dataset
 from gift_trl.annotation import load_annotated_dataset, read_provenance, save_annotated_dataset
 from gift_trl.annotation.engine import token_budget_batches
+from gift_trl.annotation.tokenization import tokenize_dataset
 from gift_trl.model_pair import check_same_architecture, end_of_turn_token_ids
 
 
@@ -246,6 +256,85 @@ def test_nan_is_refused_with_the_row(pair, conversations):
 def test_bad_rows(pair, rows, message):
     with pytest.raises(ValueError, match=message):
         annotate_dataset(Dataset.from_dict(rows), pair[1])
+
+
+def chat(*turns):
+    """A conversation, in which the user and the assistant take turns."""
+    roles = ("user", "assistant") * len(turns)
+    return [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+
+
+TOOL_CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"text": ["a", "b", None]}, r"Row 2 of the train dataset holds None in the column `text`, not a text"),
+        ({"text": [5, 6]}, r"Row 0 .* holds 5 in the column `text`, not a text"),
+        ({"prompt": ["a", "b"], "completion": ["c", None]}, r"Row 1 .* holds None in the column `completion`"),
+        ({"prompt": ["a"], "completion": [7]}, r"Row 0 .* holds 7 in the column `completion`"),
+        ({"prompt": ["a", None], "completion": ["c", "d"]}, r"Row 1 .* holds None in the column `prompt`"),
+        (
+            {"prompt": [chat("a")], "completion": ["Two."]},
+            r"Row 0 .* holds 'Two.' in the column `completion`, not a list of messages",
+        ),
+        (
+            {"prompt": ["a"], "completion": [chat("a")]},
+            r"Row 0 .* holds 'a' in the column `prompt`, not a list of messages",
+        ),
+        (
+            {"messages": [chat("a", "b"), None]},
+            r"Row 1 .* holds None in the column `messages`, not a list of messages",
+        ),
+        ({"messages": [chat("a", "b"), []]}, r"Row 1 .* holds \[\] in the column `messages`"),
+        ({"messages": ["a"]}, r"Row 0 .* holds 'a' in the column `messages`, not a list of messages"),
+        (
+            {"messages": [chat("a", "b"), chat("a", None)]},
+            r"Row 1 .* message without `content` in the column `messages`",
+        ),
+        (
+            {"messages": [[{"role": None, "content": "a"}]]},
+            r"Row 0 .* message without `role` in the column `messages`",
+        ),
+        (
+            {"messages": [[*chat("a"), TOOL_CALL], chat(None, "b")]},
+            r"Row 1 .* message without `content` .*: \{'role': 'user'",
+        ),
+        (
+            {"conversations": [[{"from": "user", "value": "a"}], [{"from": "user", "value": None}]]},
+            r"Row 1 .* message without `value` in the column `conversations`",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stored_as", ["arrow", "json"])
+def test_rows_without_text_are_named(tokenizer, rows, message, stored_as):
+    # Files of mixed types are loaded as JSON values, of which Arrow knows nothing
+    dataset = Dataset.from_dict(rows)
+    if stored_as == "json":
+        dataset = Dataset.from_dict(rows, features=Features({name: Json() for name in rows}))
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset(dataset, tokenizer, SFTConfig(bf16=False))
+
+
+def test_conversations_without_an_assistant_are_named(pair):
+    args = SFTConfig(bf16=False, assistant_only_loss=True)
+    for dataset in (
+        Dataset.from_dict({"messages": [chat("a", "b"), chat("a")]}),
+        Dataset.from_dict({"prompt": [chat("a"), chat("a")], "completion": [chat("a", "b")[1:], chat("a")]}),
+    ):
+        with pytest.raises(
+            ValueError, match=r"Row 1 of the train dataset has no assistant turn.*`assistant_only_loss`"
+        ):
+            annotate_dataset(dataset, pair[1], args=args)
+        assert len(annotate_dataset(dataset, pair[1])) == 2
+
+
+def test_a_tool_call_needs_no_content(pair, tokenizer):
+    template = copy.deepcopy(tokenizer)
+    template.chat_template = template.chat_template.replace("message['content']", "(message['content'] or 'add')")
+    dataset = Dataset.from_dict({"messages": [[*chat("a"), TOOL_CALL], chat("a", "b")]})
+    assert len(annotate_dataset(dataset, pair[1], template)) == 2
 
 
 def test_one_beginning_of_sequence(pair, tokenizer):
