@@ -1,6 +1,6 @@
 """Texts and conversations before SFTTrainer tokenises them: a row that it would stumble over is named."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,41 @@ def check_texts(
                 raise ValueError(f"Row {row} of the {dataset_name} dataset {problem}")
 
 
+def check_conversations(keys: Collection[str], dataset_name: str) -> None:
+    """
+    Checks that messages in a column `conversations` are of the kind that is read there.
+
+    Args:
+        keys (`Collection[str]`):
+            Keys of a message.
+        dataset_name (`str`):
+            Name of the dataset in messages.
+
+    Raises:
+        `ValueError`: If they are those of a column `messages`.
+    """
+    if "role" in keys and "from" not in keys:
+        raise ValueError(
+            f"The column `conversations` of the {dataset_name} dataset holds messages with `role` and `content`, and only "
+            "`from` and `value` are read there. Rename the column to `messages`."
+        )
+
+
+def message_keys(messages: Any) -> Collection[str]:
+    """
+    Keys of the first message of a conversation.
+
+    Args:
+        messages (`Any`):
+            What a row holds in a column of conversations.
+
+    Returns:
+        `Collection[str]`: The keys, none if it is no list of messages.
+    """
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return first.keys() if isinstance(first, dict) else ()
+
+
 def _format_of(dataset: Dataset, text_field: str, *, formatted: bool) -> _Format:
     """The columns that SFTTrainer reads, as it goes by their names and the first row."""
     names, first = dataset.column_names, dataset[0]
@@ -62,9 +97,12 @@ def _format_of(dataset: Dataset, text_field: str, *, formatted: bool) -> _Format
             return _Format(columns, is_conversational=True)
         return _Format([*columns, text_field] if text_field in names and not formatted else columns, False)
     has_text = text_field in names or formatted
-    for name, *keys in (("conversations", "from", "value"), ("messages", "role", "content")):
-        if name in names and (isinstance(first[name], list) or not has_text):
-            return _Format([name], True, *keys)
+    if "conversations" in names and (
+        "from" in message_keys(first["conversations"]) or not (has_text or "messages" in names)
+    ):
+        return _Format(["conversations"], True, "from", "value")
+    if "messages" in names and (isinstance(first["messages"], list) or not has_text):
+        return _Format(["messages"], True)
     return _Format([text_field] if text_field in names and not formatted else [], False)
 
 

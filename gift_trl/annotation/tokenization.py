@@ -15,7 +15,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import is_conversational, is_conversational_from_value
 
 from gift_trl.annotation.rows import RowStatistics, check_token_columns, measure_rows
-from gift_trl.annotation.texts import check_texts
+from gift_trl.annotation.texts import check_conversations, check_texts, message_keys
 
 
 EMPTY_COMPLETION = "no target token"
@@ -197,6 +197,8 @@ def _check_columns(
             f"`prompt` and `completion`, `messages` or `{args.dataset_text_field}`, or map them in the recipe with "
             "`prompt_column` and `completion_column`."
         )
+    if known & example.keys() == {"conversations"} and formatting_func is None and "prompt" not in example:
+        check_conversations(message_keys(example["conversations"]), dataset_name)
     if "seq_lengths" in example:
         raise ValueError(
             f"The {dataset_name} dataset is packed already (`seq_lengths`), and a pass over joined rows would score each "

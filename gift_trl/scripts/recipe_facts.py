@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from datasets import load_dataset_builder
+from datasets import Features, load_dataset_builder
 from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from gift_trl.annotation.texts import check_conversations
 from gift_trl.data_files import load_local_data
 from gift_trl.model_pair import end_of_turn_token_ids
 from gift_trl.scripts.recipe_writer import Setting
@@ -155,7 +156,8 @@ def data_settings(dataset: str, prompt_column: str | None, completion_column: st
         `tuple[list[Setting], str]`: The lines, and a name for folders.
 
     Raises:
-        `ValueError`: If no columns are recognised, or those that are named do not exist.
+        `ValueError`: If no columns are recognised, those that are named do not exist, or messages are in a column where they
+            are not read.
         `FileNotFoundError`: If a local file does not exist.
     """
     tasks = yaml.safe_load((recipes_folder() / "tasks.yaml").read_text(encoding="utf-8"))
@@ -164,7 +166,8 @@ def data_settings(dataset: str, prompt_column: str | None, completion_column: st
             if dataset in (name, task["dataset"]):
                 comments = task.get("comments", {})
                 return [Setting(key, value, comments.get(key)) for key, value in task["data"].items()], name
-    columns = _columns_of(dataset)
+    features = _features_of(dataset)
+    columns = None if features is None else list(features)
     lines = [Setting("dataset_name", dataset)]
     name = dataset.rstrip("/").rpartition("/")[2].partition(".")[0].lower()
     if prompt_column is not None and completion_column is not None:
@@ -180,6 +183,9 @@ def data_settings(dataset: str, prompt_column: str | None, completion_column: st
             f"{', '.join(tasks)}."
         )
     if {"messages", "conversations", "input_ids"} & {*columns}:
+        if not {"messages", "input_ids", "text", "prompt"} & {*columns}:
+            message = getattr(features["conversations"], "feature", None)
+            check_conversations(message if isinstance(message, dict) else (), dataset)
         return lines, name
     question = next((column for column in _QUESTIONS if column in columns), None)
     answer = next((column for column in _ANSWERS if column in columns), None)
@@ -195,11 +201,11 @@ def data_settings(dataset: str, prompt_column: str | None, completion_column: st
     )
 
 
-def _columns_of(dataset: str) -> list[str] | None:
+def _features_of(dataset: str) -> Features | None:
     local = load_local_data(dataset)
     if local is not None:
-        return next(iter(local.values())).column_names
+        return next(iter(local.values())).features
     try:
-        return list(load_dataset_builder(dataset).info.features or ()) or None
+        return load_dataset_builder(dataset).info.features or None
     except (OSError, ValueError):  # not within reach
         return None

@@ -11,6 +11,7 @@ from datasets import (
     Features,
     IterableDataset,
     Json,
+    List,
     concatenate_datasets,
     load_dataset,
     load_from_disk,
@@ -315,6 +316,19 @@ def test_rows_without_text_are_named(tokenizer, rows, message, stored_as):
         dataset = Dataset.from_dict(rows, features=Features({name: Json() for name in rows}))
     with pytest.raises(ValueError, match=message):
         tokenize_dataset(dataset, tokenizer, SFTConfig(bf16=False))
+
+
+@pytest.mark.parametrize("stored_as", ["arrow", "json"])
+def test_messages_in_a_column_of_another_name(tokenizer, stored_as):
+    rows = {"conversations": [chat("a", "b")]}
+    features = Features({"conversations": List(Json())}) if stored_as == "json" else None
+    dataset, args = Dataset.from_dict(rows, features=features), SFTConfig(bf16=False)
+    with pytest.raises(ValueError, match=r"`conversations` of the train dataset.* Rename the column to `messages`"):
+        tokenize_dataset(dataset, tokenizer, args)
+    expected = tokenize_dataset(dataset.rename_column("conversations", "messages"), tokenizer, args)
+    # Beside what is read, it does no harm
+    both = tokenize_dataset(dataset.add_column("messages", rows["conversations"]), tokenizer, args)
+    assert both["input_ids"][:] == expected["input_ids"][:]
 
 
 def test_conversations_without_an_assistant_are_named(pair):

@@ -117,6 +117,17 @@ def test_columns_are_recognised(columns, expected, tmp_path):
     assert name == "d"
 
 
+def test_messages_in_a_column_of_another_name(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"conversations": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(ValueError, match=r"`conversations` of .* Rename the column to `messages`"):
+        data_settings(str(path), None, None)
+    # Those of the second are stored as JSON, whose keys are not known here
+    for messages in ([{"from": "user", "value": "a"}], [{"from": "user", "value": "a"}, {"from": "gpt"}]):
+        path.write_text(json.dumps({"conversations": messages}))
+        assert [line.key for line in data_settings(str(path), None, None)[0]] == ["dataset_name"]
+
+
 def test_columns_that_are_not_recognised(tmp_path):
     path = tmp_path / "d.csv"
     path.write_text("alpha,beta\n1,2\n")
