@@ -118,6 +118,8 @@ class TrainingFacts:
             Model to merge the adapter into.
         datasets (`list[Source]`):
             Training data that came from the Hub.
+        data (`str`, *optional*):
+            Number of rows and digest of the training data, by which a resumed run knows its own.
         peft_type (`str`, *optional*):
             Type of the adapter; `None` if a whole model was trained.
         settings (`dict[str, Any]`):
@@ -134,6 +136,7 @@ class TrainingFacts:
     base_model: Source
     instruct_model: Source | None = None
     datasets: list[Source] = field(default_factory=list)
+    data: str | None = None
     peft_type: str | None = "LORA"
     settings: dict[str, Any] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)

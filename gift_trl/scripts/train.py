@@ -67,6 +67,7 @@ def train(
         raise ValueError("Nothing says which model to train: set `model_name_or_path` to the base model.")
     # Found now, before any long work
     resume = find_checkpoint(training_args, training_args.resume_from_checkpoint)
+    training_args.resume_from_checkpoint = resume
     peft_config = get_peft_config(model_args)
     callbacks = []
     if training_args.push_to_hub or merge_args.is_asked_for:

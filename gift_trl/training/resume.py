@@ -1,7 +1,9 @@
 """The checkpoint that a killed run goes on from."""
 
 import errno
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -9,15 +11,37 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftType
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from gift_trl.annotation.checks import ORIGINAL_INDEX
+from gift_trl.cards import Source, TrainingFacts
+from gift_trl.checkpoints import TRAINING_FILE
+
 
 logger = get_logger(__name__)
+
+# What makes another objective, and what may change on the way as in any run
+_OBJECTIVE = ("annotator", "confidence_exponent", "confidence_floor", "eos_confidence", "weight_normalization")
+_BORROWED = "instruct model's embedding rows"
+_CHANGEABLE = (
+    *("confidence_source", "confidences", "optimizer", "rows per step", "max_length", "packing", "seed"),
+    "lora_dropout",
+)
+# Of an adapter's configuration: what makes no other adapter, and what PEFT does not change when it sees the model
+_NO_PART_OF_ADAPTER = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version"}
+_NO_PART_OF_ADAPTER |= {"revision", "task_type"}
+_KNOWN_BEFORE_LOADING = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias"}
+# Columns that the annotation adds, and rows that the digest of the data reads
+_ADDED_COLUMNS = {"labels", "confidences", "completion_mask", "assistant_masks", "attention_mask", ORIGINAL_INDEX}
+_ROWS_READ = 256
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Bytes: of a failed write torch says nothing but that
@@ -101,6 +125,193 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
     if args.world_size > 1:
         broadcast_object_list(found)
     return None if found[0] is None else str(Path(str(args.output_dir)) / found[0])
+
+
+def data_digest(dataset: Dataset | IterableDataset) -> str | None:
+    """
+    Identifies training data by the number of its rows and the content of some of them.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training data as it was given. Annotated data count as the data that were annotated.
+
+    Returns:
+        `str` or `None`: Number of rows and digest; `None` for a stream, which is not read ahead of the training.
+    """
+    if not isinstance(dataset, Dataset):
+        return None
+    columns = [name for name in dataset.column_names if name not in {*_ADDED_COLUMNS, "input_ids"}]
+    columns = columns or [name for name in dataset.column_names if name == "input_ids"]
+    read = min(_ROWS_READ, len(dataset))
+    # In Arrow: a transform may be drawn at random
+    rows = dataset.with_format("arrow").select_columns(columns).select([i * len(dataset) // read for i in range(read)])
+    text = json.dumps(rows[:].to_pylist() if read else [], sort_keys=True, default=str)
+    return f"{len(dataset)} rows, digest {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def check_checkpoint(
+    checkpoint: str, args: TrainingArguments, run: TrainingFacts, peft_config: PeftConfig | None, *, loaded: bool
+) -> None:
+    """
+    Refuses a checkpoint of another run, whose adapter would be taken for this one's; to be called by every process.
+
+    What defines the objective and the adapter must be the same. What may change on the way, such as the learning rate, is
+    warned of: whatever is said of the adapter names the settings of its last steps.
+
+    Args:
+        checkpoint (`str`):
+            Folder of the checkpoint.
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the trainer.
+        run ([`~gift_trl.cards.TrainingFacts`]):
+            What this run says of itself.
+        peft_config ([`~peft.PeftConfig`] or `None`):
+            Configuration of the adapter.
+        loaded (`bool`):
+            Whether the model is loaded. Before, only what is known by then is compared, and nothing is warned of.
+
+    Raises:
+        `ValueError`: If the checkpoint was made by another run; the message names every field that differs.
+    """
+    found: list[Any] = [None, []]
+    if args.process_index == 0:
+        found = list(_compare(Path(checkpoint), args, run, peft_config, loaded))
+    # As with the choice of the checkpoint, each process would decide for itself
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    problem, cautions = found
+    if problem is not None:
+        raise ValueError(problem)
+    for caution in cautions if loaded else ():
+        logger.warning(caution)
+
+
+def _compare(
+    checkpoint: Path, args: TrainingArguments, run: TrainingFacts, peft_config: PeftConfig | None, loaded: bool
+) -> tuple[str | None, list[str]]:
+    """What speaks against going on from a checkpoint, and what is to be warned of."""
+    try:
+        known = TrainingFacts.from_dict(json.loads((checkpoint / TRAINING_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, [
+            f"`{checkpoint.name}` holds no `{TRAINING_FILE}`, which `GIFTSFTTrainer` writes, so it is not checked that it "
+            "belongs to this run's models, data and settings."
+        ]
+    differing = _differences(
+        {name: known.settings[name] for name in _OBJECTIVE if name in known.settings}, run.settings
+    )
+    for name in ("base_model", "instruct_model"):
+        old, new = getattr(known, name), getattr(run, name)
+        if not _may_be_same(old, new):
+            differing.append(_difference(name, old.name, new.name))
+    if None not in (known.data, run.data) and known.data != run.data:
+        differing.append(_difference("training data", known.data, run.data))
+    if loaded and known.settings.get(_BORROWED) != run.settings.get(_BORROWED):
+        differing.append(_difference(_BORROWED, known.settings.get(_BORROWED), run.settings.get(_BORROWED)))
+    differing += _adapter_differences(checkpoint, known.peft_type, peft_config, loaded)
+    if differing:
+        return (
+            f"`{checkpoint}` was made by another run: {'; '.join(differing)}. To train this one, choose another "
+            "`output_dir`, or unset `resume_from_checkpoint`; to go on with that one, give it its own settings."
+        ), []
+    changed = _differences(
+        {name: known.settings[name] for name in _CHANGEABLE if name in known.settings}, run.settings
+    )
+    for name in ("base_model", "instruct_model"):
+        commits = [source.commit for source in (getattr(known, name), getattr(run, name)) if source is not None]
+        if None not in commits and len(set(commits)) > 1:
+            changed.append(_difference(f"commit of the {name}", *commits))
+    cautions = []
+    if changed:
+        cautions.append(
+            f"Going on from `{checkpoint.name}` with other settings: {'; '.join(changed)}. The card will name this run's."
+        )
+    if caution := _nothing_left(checkpoint, args):
+        cautions.append(caution)
+    return None, cautions
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if all(isinstance(value, list) and len(value) > 0 for value in (old, new)):
+        # "all-linear" stands for every module of every layer
+        short = [", ".join(sorted({str(item).rpartition(".")[2] for item in value})) for value in (old, new)]
+        old, new = short if short[0] != short[1] else (f"{len(old)} of {short[0]}", f"{len(new)}")
+    return f"{name} ({old}, this run has {new})"
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    def comparable(value: Any) -> Any:
+        # The same rows per step, cut into other batches
+        return value.partition(" = ")[0] if isinstance(value, str) else value
+
+    return [
+        _difference(name, comparable(value), comparable(new[name]))
+        for name, value in old.items()
+        if name in new and comparable(value) != comparable(new[name])
+    ]
+
+
+def _may_be_same(old: Source | None, new: Source | None) -> bool:
+    """Whether two names may be those of one model: of a copy of a repository, only the last part is known."""
+    if old is None or new is None:
+        return True
+    names = [old.name, new.name]
+    if old.on_hub != new.on_hub:
+        names = [name.rpartition("/")[2] for name in names]
+    return names[0] == names[1]
+
+
+def _adapter_differences(
+    checkpoint: Path, peft_type: str | None, peft_config: PeftConfig | None, loaded: bool
+) -> list[str]:
+    now = None if peft_config is None else PeftType(peft_config.peft_type).value
+    if peft_type != now:
+        return [_difference("adapter", peft_type or "none", now or "none")]
+    try:
+        if peft_config is None:
+            return []
+        saved = PeftConfig.from_pretrained(str(checkpoint))
+    except (OSError, ValueError):  # in shards, or damaged: loading it says more
+        return []
+    old, new = _adapter_fields(saved), _adapter_fields(peft_config)
+    names = [name for name in old if name in new and (loaded or name in _KNOWN_BEFORE_LOADING)]
+    return [_difference(name, old[name], new[name]) for name in names if old[name] != new[name]]
+
+
+def _adapter_fields(peft_config: PeftConfig) -> dict[str, Any]:
+    """As JSON reads them, lists of names in one order."""
+    dropped = _NO_PART_OF_ADAPTER
+    if peft_config.peft_type == PeftType.ADALORA:  # which finds it during the training
+        dropped = dropped | {"rank_pattern"}
+    fields = {name: value for name, value in peft_config.to_dict().items() if name not in dropped}
+    fields = json.loads(
+        json.dumps(fields, default=lambda value: list(value) if isinstance(value, set) else str(value))
+    )
+    return {
+        name: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        for name, value in fields.items()
+    }
+
+
+def _nothing_left(checkpoint: Path, args: TrainingArguments) -> str | None:
+    """Says so if a run ends before its checkpoint; not if it is the complete run itself, started once more."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        if args.max_steps > 0:
+            is_over, same = state["global_step"] >= args.max_steps, state["max_steps"] == args.max_steps
+            end = f"step {args.max_steps} (`max_steps`)"
+        else:
+            is_over = state["epoch"] >= args.num_train_epochs
+            same = state["num_train_epochs"] == math.ceil(args.num_train_epochs)
+            end = f"epoch {args.num_train_epochs:g} (`num_train_epochs`)"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not is_over or same:
+        return None
+    return (
+        f"Nothing is trained: `{checkpoint.name}` is at step {state['global_step']}, and this run ends with {end}. What is "
+        "saved is the checkpoint."
+    )
 
 
 def finish_rotation(args: TrainingArguments, checkpoint: str) -> None:

@@ -50,7 +50,9 @@ from gift_trl.training.model_card import (
 )
 from gift_trl.training.preparation import cut_confidences, pack_with_confidences
 from gift_trl.training.resume import (
+    check_checkpoint,
     clear_checkpoint,
+    data_digest,
     explain_full_disk,
     find_checkpoint,
     finish_rotation,
@@ -181,6 +183,8 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 "`instruct_model_name_or_path`."
             )
         self._dataset_sources = dataset_sources(train_dataset)
+        self._data_digest = data_digest(train_dataset)
+        self._check_checkpoint_early(model, args, adapter_config(model, peft_config))
         processing_class = choose_processing_class(model, instruct_model, args, processing_class)
         if args.confidence_source == "online":
             prepare_processing_class(processing_class, args)  # refuses what the annotation would
@@ -260,6 +264,22 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             )
         self._confidence_source.training_starts(self.model, self.accelerator.device)
 
+    def _check_checkpoint_early(self, model: Any, args: GIFTConfig, peft_config: "PeftConfig | None") -> None:
+        # Whether it has to be there, `train` decides
+        wanted: Any = args.resume_from_checkpoint
+        checkpoint = find_checkpoint(args, "auto" if str(wanted).lower() == "true" else wanted)
+        if checkpoint is None:
+            return
+        init_kwargs: Any = args.model_init_kwargs or {}
+        instruct = self._instruct_model
+        facts = TrainingFacts(
+            base_model=_source(model, init_kwargs.get("revision")),
+            instruct_model=None if instruct is None else _source(instruct, args.instruct_model_revision),
+            data=self._data_digest,
+            settings=training_settings(args, args.world_size, peft_config, [], []),
+        )
+        check_checkpoint(checkpoint, args, facts, peft_config, loaded=False)
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
@@ -290,6 +310,9 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         resume_from_checkpoint = find_checkpoint(self.args, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            peft_config = adapter_config(self.model)
+            check_checkpoint(resume_from_checkpoint, self.args, self._training_facts(), peft_config, loaded=True)
         if resume_from_checkpoint is not None and self.args.should_save:
             finish_rotation(self.args, resume_from_checkpoint)
         self._signal.clear("train")
@@ -505,6 +528,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
             base_model=self._base_source,
             instruct_model=self._instruct_source,
             datasets=list(self._dataset_sources),
+            data=self._data_digest,
             peft_type=None if peft_config is None else peft_config.peft_type.value,
             settings=training_settings(
                 self.args, self.accelerator.num_processes, peft_config, self._provenances, self._borrowed_tokens

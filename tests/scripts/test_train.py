@@ -102,6 +102,15 @@ def test_resume_gives_the_uninterrupted_run(recipe, tmp_path):
         assert torch.equal(value, resumed[name]), name
 
 
+def test_resuming_another_run_s_checkpoint_is_refused(recipe, tmp_path, fails, monkeypatch):
+    """One recipe with `auto`, and a baseline by the command line: its output folder has to be another one."""
+    config = recipe(save_strategy="steps", save_steps=2, merge_output_dir=None, resume_from_checkpoint="auto")
+    train.main(["--config", config])
+    monkeypatch.setattr("gift_trl.training.confidences.Annotator", lambda *args, **kwargs: pytest.fail("scored"))
+    error = fails(train.main, "--config", config, "--confidence_exponent", "0")
+    assert "made by another run: confidence_exponent (1.0, this run has 0.0)." in error and "`output_dir`" in error
+
+
 def test_mixture_and_evaluation_split(recipe, tmp_path):
     path = Path(recipe(dataset_name=None, eval_strategy="epoch", test_split_size=0.25, merge_output_dir=None))
     settings = yaml.safe_load(path.read_text())

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 
-from gift_trl import GIFTSFTTrainer
+from gift_trl import GIFTSFTTrainer, annotate_dataset
 from gift_trl.training import resume
 from gift_trl.training.resume import clear_checkpoint, explain_full_disk, find_checkpoint, last_complete_checkpoint
 
@@ -21,9 +22,9 @@ def interrupted(pair, conversations, config, lora, tmp_path):
     """Output folder with the checkpoints of steps 2 and 4, and a way to go on to step 6."""
     settings = {"max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
 
-    def train(folder, resume=None, **overrides):
+    def train(folder, resume=None, model=pair[0], data=conversations, adapter=lora, **overrides):
         args = config(output_dir=str(folder), optim="adamw_torch", **{**settings, **overrides})
-        trainer = GIFTSFTTrainer(pair[0], args, train_dataset=conversations, peft_config=lora)
+        trainer = GIFTSFTTrainer(model, args, train_dataset=data, peft_config=adapter)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -196,6 +197,97 @@ def test_every_process_goes_on_from_the_same_checkpoint(tmp_path, config, monkey
     # The disk of the main process is further ahead
     monkeypatch.setattr(resume, "broadcast_object_list", lambda found: found.__setitem__(0, "checkpoint-4"))
     assert find_checkpoint(args, wanted) == str(tmp_path / "out" / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"confidence_exponent": 0.0}, r"confidence_exponent \(1\.0, this run has 0\.0\)"),
+        ({"eos_confidence": None}, r"eos_confidence \(1\.0, this run has None\)"),
+        ({"model": 1}, r"base_model \(base, this run has instruct\)"),
+        ({"data": 7}, r"training data \(8 rows, digest \w+, this run has 7 rows"),
+        ({"data": -1}, r"training data \(8 rows, digest \w+, this run has 8 rows"),
+        ({"adapter": {"r": 8}}, r"r \(4, this run has 8\)"),
+        (
+            {"adapter": {"target_modules": ["q_proj"]}},
+            r"target_modules \(down_proj, gate_proj, .*, v_proj, this run has q_proj\)",
+        ),
+        ({"adapter": None}, r"adapter \(LORA, this run has none\)"),
+    ],
+    ids=["exponent", "eos", "model", "rows", "other rows", "rank", "targets", "whole model"],
+)
+def test_a_checkpoint_of_another_run_is_refused(interrupted, pair, conversations, lora, other, named):
+    folder, train, _ = interrupted
+    other = dict(other)
+    if "model" in other:
+        other["model"] = pair[other["model"]]
+    if "data" in other:
+        rows = other["data"]
+        other["data"] = conversations.select(range(rows) if rows > 0 else range(7, -1, -1))
+    if other.get("adapter"):
+        other["adapter"] = LoraConfig(**{**lora.to_dict(), **other["adapter"]})
+    with pytest.raises(ValueError, match=rf"checkpoint-4` was made by another run: {named}.*another `output_dir`"):
+        train(folder, resume="auto", **other)
+    assert not (folder / "checkpoint-6").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_the_data_is_scored(interrupted, lora, monkeypatch):
+    folder, train, _ = interrupted
+    monkeypatch.setattr("gift_trl.training.confidences.Annotator", lambda *args, **kwargs: pytest.fail("scored"))
+    settings = {"adapter": LoraConfig(**{**lora.to_dict(), "r": 8}), "confidence_exponent": 0.5}
+    for wanted in (True, str(folder / "checkpoint-2")):
+        with pytest.raises(
+            ValueError, match=r"confidence_exponent \(1\.0, this run has 0\.5\); r \(4, this run has 8\)"
+        ):
+            train(folder, resume_from_checkpoint=wanted, **settings)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"r \(4, this run has 8\)"):
+        train(folder, resume=str(folder / "checkpoint-2"), adapter=settings["adapter"])
+
+
+def test_annotated_data_are_those_that_were_annotated(interrupted, pair, conversations):
+    folder, train, _ = interrupted
+    annotated = annotate_dataset(conversations, pair[1])
+    assert train(folder, resume=True, data=annotated).state.global_step == 6
+
+
+def test_what_may_change_on_the_way_is_warned_of(interrupted, caplog):
+    folder, train, _ = interrupted
+    train(folder, resume=True, max_steps=5)
+    assert "other settings" not in caplog.text
+    changed = {"learning_rate": 1e-3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    resumed = train(folder, resume=str(folder / "checkpoint-4"), **changed)
+    assert resumed.state.global_step == 6 and caplog.text.count("other settings") == 1
+    warning = next(record.message for record in caplog.records if "other settings" in record.message)
+    assert "optimizer (adamw_torch, learning rate 0.05" in warning and "rows per step" not in warning
+
+
+@pytest.mark.parametrize("shorter", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_run_that_ends_before_its_checkpoint_says_that_it_trains_nothing(interrupted, caplog, shorter):
+    folder, train, whole = interrupted
+    assert train(folder, resume=True, **shorter).state.global_step == 4
+    assert "Nothing is trained: `checkpoint-4` is at step 4" in caplog.text
+    caplog.clear()
+    train(whole.args.output_dir, resume=True)
+    assert "Nothing is trained" not in caplog.text
+
+
+def test_a_checkpoint_of_another_trainer_is_not_known(interrupted, caplog):
+    folder, train, _ = interrupted
+    (folder / "checkpoint-4" / "gift_training.json").unlink()
+    assert train(folder, resume=True, confidence_exponent=0.0).state.global_step == 6
+    assert caplog.text.count("`checkpoint-4` holds no `gift_training.json`") == 1
+
+
+def test_every_process_refuses_what_the_main_one_does(interrupted, config, monkeypatch):
+    folder, _, whole = interrupted
+    args, facts = whole.args, whole._training_facts()
+    monkeypatch.setattr(type(args), "world_size", 2)
+    monkeypatch.setattr(type(args), "process_index", 1)
+    # What this process sees says nothing
+    monkeypatch.setattr(resume, "broadcast_object_list", lambda found: found.__setitem__(0, "made by another run"))
+    with pytest.raises(ValueError, match="made by another run"):
+        resume.check_checkpoint(str(folder / "checkpoint-4"), args, facts, None, loaded=True)
 
 
 @pytest.mark.parametrize(
