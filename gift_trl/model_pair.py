@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_config_model_id
 
 
@@ -142,6 +143,26 @@ def check_same_architecture(
         raise ValueError(
             f"The models `{names[0]}` and `{names[1]}` do not fit together; they differ in {', '.join(differences)}. "
             "GIFT needs a base model and the instruct model that was post-trained from it. Name the matching pair."
+        )
+
+
+def refuse_adapter_beside(model: str, revision: str | None = None) -> None:
+    """
+    Refuses a model beside which an adapter lies: transformers would load one with the other, and say nothing.
+
+    Args:
+        model (`str`):
+            Model id or checkpoint folder.
+        revision (`str`, *optional*):
+            Revision on the Hub.
+
+    Raises:
+        `ValueError`: If an adapter lies there.
+    """
+    if find_adapter_config_file(model, revision=revision) is not None:
+        raise ValueError(
+            f"'{model}' holds an adapter beside the model, which would be loaded with it. Merge it into the model, or move "
+            "`adapter_config.json` and its weights to a folder of their own."
         )
 
 

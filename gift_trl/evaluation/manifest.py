@@ -24,7 +24,7 @@ from gift_trl.evaluation.parts import has_parts
 from gift_trl.evaluation.prompts import Renderer
 from gift_trl.evaluation.results import CONFIG_FILE, GENERATIONS_FILE, SUMMARY_FILE, read_config, write_config
 from gift_trl.evaluation.tasks import TaskData
-from gift_trl.model_pair import load_config
+from gift_trl.model_pair import load_config, refuse_adapter_beside
 
 
 logger = get_logger(__name__)
@@ -55,6 +55,9 @@ def describe_model(
 
     Returns:
         `dict[str, Any]`: Fields by name; under `merge`, what a merged model was made of.
+
+    Raises:
+        `ValueError`: If an adapter lies beside the model, which transformers would load with it.
     """
     tokenizer = renderer.tokenizer
     entry = {
@@ -74,6 +77,7 @@ def describe_model(
         }
     if server is not None:
         return {**entry, "served": Path(server["root"]).name}
+    refuse_adapter_beside(spec.model, spec.revision)
     dtype = spec.dtype or config.dtype
     if dtype == "auto":
         dtype = str(load_config(spec.model, **spec.tokenizer_kwargs).dtype or "float32").removeprefix("torch.")

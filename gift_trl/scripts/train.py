@@ -1,6 +1,7 @@
 """`gift-trl train`: annotate if needed, train the adapter, save it, merge and push it."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -59,12 +60,18 @@ def train(
     from trl import get_peft_config, get_quantization_config
 
     from gift_trl.hub import MergeAndPushCallback
+    from gift_trl.merging.checks import overlapping_folders
     from gift_trl.scripts.data import load_recipe_datasets
     from gift_trl.training import GIFTSFTTrainer
     from gift_trl.training.resume import find_checkpoint
 
     if model_args.model_name_or_path is None:
         raise ValueError("Nothing says which model to train: set `model_name_or_path` to the base model.")
+    base_dir, merged_dir = Path(model_args.model_name_or_path).expanduser(), merge_args.merge_output_dir
+    # The instruct model's folder is compared with the others that a merge reads
+    if merged_dir is not None and base_dir.is_dir():
+        if problems := overlapping_folders(Path(merged_dir).expanduser().resolve(), base_dir):
+            raise ValueError(problems[0])
     # Found now, before any long work
     resume = find_checkpoint(training_args, training_args.resume_from_checkpoint)
     training_args.resume_from_checkpoint = resume

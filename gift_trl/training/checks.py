@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import ParallelismConfig
@@ -17,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from gift_trl.annotation.checks import warn_of_empty_answers
+from gift_trl.annotation.engine import together
 from gift_trl.annotation.provenance import (
     Provenance,
     hash_chat_template,
@@ -27,7 +29,12 @@ from gift_trl.annotation.provenance import (
     read_provenance,
 )
 from gift_trl.annotation.tokenization import prepare_processing_class
-from gift_trl.model_pair import check_same_architecture, check_same_vocabulary, load_tokenizer
+from gift_trl.model_pair import (
+    check_same_architecture,
+    check_same_vocabulary,
+    load_tokenizer,
+    refuse_adapter_beside,
+)
 from gift_trl.training.callback import adapter_config
 from gift_trl.training.config import GIFTConfig
 
@@ -182,6 +189,25 @@ def choose_processing_class(
         return processing_class
     check_same_vocabulary(base_tokenizer, processing_class)
     return processing_class
+
+
+def check_folders(model: Any, instruct_model: Any, args: GIFTConfig) -> None:
+    """Refuses models beside which an adapter lies, and an output folder in which one would come to lie beside a model."""
+    init_kwargs: Any = args.model_init_kwargs or {}
+    models = {name: init_kwargs.get("revision") for name in (model,) if isinstance(name, str)}
+    models |= {name: args.instruct_model_revision for name in (instruct_model,) if isinstance(name, str)}
+
+    def check() -> None:
+        for name, revision in models.items():
+            refuse_adapter_beside(name, revision)
+            if os.path.isdir(name) and Path(name).resolve() == Path(str(args.output_dir)).resolve():
+                raise ValueError(
+                    f"`output_dir` is the folder of the model '{name}', beside which the adapter would lie, and be loaded with "
+                    "it from then on. Choose another `output_dir`."
+                )
+
+    _ = args.world_size  # connects the processes
+    together(check)
 
 
 def require_confidences(train_dataset: Any, eval_dataset: Any, instruct_model: Any) -> None:

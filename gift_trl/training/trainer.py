@@ -28,6 +28,7 @@ from gift_trl.checkpoints import ADAPTER_FILE, CARD_FILE
 from gift_trl.model_pair import end_of_turn_token_ids
 from gift_trl.training.callback import StageCallback, adapter_config
 from gift_trl.training.checks import (
+    check_folders,
     check_supported,
     choose_instruct_model,
     choose_processing_class,
@@ -186,6 +187,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         self._data_digest = data_digest(train_dataset)
         self._check_checkpoint_early(model, args, adapter_config(model, peft_config))
         processing_class = choose_processing_class(model, instruct_model, args, processing_class)
+        check_folders(model, instruct_model, args)
         if args.confidence_source == "online":
             prepare_processing_class(processing_class, args)  # refuses what the annotation would
         self._confidence_source = ConfidenceSource(

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,6 +310,13 @@ def test_a_folder_of_something_else(configure, tmp_path, no_weights):
     with pytest.raises(FileExistsError, match="holds something else than results of an evaluation"):
         evaluate(configure(overwrite=True))
     assert (tmp_path / "results" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_model_with_an_adapter_beside_it(configure, pair, tmp_path, no_weights):
+    shutil.copytree(pair[1], tmp_path / "instruct")
+    (tmp_path / "instruct" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter beside the model"):
+        evaluate(configure(models={"instruct": str(tmp_path / "instruct")}))
 
 
 def test_two_evaluations_at_once(configure, no_weights):

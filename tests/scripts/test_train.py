@@ -111,6 +111,11 @@ def test_resuming_another_run_s_checkpoint_is_refused(recipe, tmp_path, fails, m
     assert "made by another run: confidence_exponent (1.0, this run has 0.0)." in error and "`output_dir`" in error
 
 
+def test_the_merged_model_does_not_replace_the_base_model(recipe, pair, fails):
+    error = fails(train.main, "--config", recipe(merge_output_dir=pair[0], merge_overwrite=True))
+    assert "holds the input folder" in error
+
+
 def test_mixture_and_evaluation_split(recipe, tmp_path):
     path = Path(recipe(dataset_name=None, eval_strategy="epoch", test_split_size=0.25, merge_output_dir=None))
     settings = yaml.safe_load(path.read_text())

@@ -4,6 +4,7 @@ import os
 import shutil
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -359,6 +360,23 @@ def test_a_named_instruct_model_is_no_other_object(pair, config, conversations, 
 def test_errors_come_before_the_annotation(pair, config, conversations, settings, message, no_weights):
     with pytest.raises(ValueError, match=message):
         construct(pair, config, conversations, args=config(**settings))
+
+
+@pytest.mark.parametrize("role", ["base", "instruct"])
+def test_a_model_with_an_adapter_beside_it_is_refused(pair, config, conversations, tmp_path, no_weights, role):
+    """transformers would train the base model with that adapter, or score with it, and say nothing."""
+    shutil.copytree(pair[role == "instruct"], tmp_path / role)
+    (tmp_path / role / "adapter_config.json").write_text("{}")
+    models = dict(zip(("base", "instruct"), pair, strict=True)) | {role: str(tmp_path / role)}
+    args = config(instruct_model_name_or_path=models["instruct"])
+    with pytest.raises(ValueError, match=rf"{role}' holds an adapter beside the model"):
+        GIFTSFTTrainer(models["base"], args, train_dataset=conversations)
+
+
+def test_the_adapter_is_not_saved_beside_a_model(pair, config, conversations, no_weights):
+    for folder in pair:
+        with pytest.raises(ValueError, match="`output_dir` is the folder of the model"):
+            construct(pair, config, conversations, args=config(output_dir=f"{folder}/../{Path(folder).name}"))
 
 
 def test_an_adapter_on_the_head_is_refused(pair, config, conversations, no_weights):
