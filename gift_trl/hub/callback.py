@@ -261,7 +261,7 @@ class MergeAndPushCallback(StageCallback):
     def _finish(self, state: TrainerState) -> None:
         """Merges and pushes the trained adapter, waits for all pushes, and says how it went."""
         adapter, message = Path(self._args.output_dir), _commit_message(state.global_step, state)
-        print(f"The adapter is in {adapter}")
+        print(f"The {'adapter' if adapter_config(self._trainer.model) is not None else 'model'} is in {adapter}")
         is_merged = self.merge_output_dir is not None and self._try_merge(adapter)
         if self._adapter_id is not None:
             self._uploads.add(self._adapter_upload(adapter, message))

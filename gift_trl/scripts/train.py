@@ -1,5 +1,6 @@
 """`gift-trl train`: annotate if needed, train the adapter, save it, merge and push it."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,23 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     if not callbacks:
         trainer.save_model(training_args.output_dir)
-        trainer.accelerator.print(f"The adapter is in {training_args.output_dir}")
+        if peft_config is not None:
+            trainer.accelerator.print(f"The adapter is in {training_args.output_dir}")
+        else:
+            trainer.accelerator.print(
+                f"The model, trained whole, is in {training_args.output_dir}. What it learned is merged into the instruct model "
+                f"by `{_full_delta_command(training_args, model_args)}`."
+            )
+
+
+def _full_delta_command(training_args: "GIFTConfig", model_args: "ModelConfig") -> str:
+    command = ["gift-trl", "merge", "--method", "full_delta", "--tuned_model", str(training_args.output_dir)]
+    command += ["--base_model", str(model_args.model_name_or_path)]
+    command += ["--instruct_model", training_args.instruct_model_name_or_path or "INSTRUCT_MODEL"]
+    revisions = {"base_model": model_args.model_revision, "instruct_model": training_args.instruct_model_revision}
+    for name, revision in revisions.items():
+        command += [f"--{name}_revision", revision] if revision not in (None, "main") else []
+    return shlex.join([*command, "--output_dir", "DIR"])
 
 
 def set_accumulation_steps(script_args: "GIFTScriptArguments", training_args: "GIFTConfig") -> None:

@@ -13,6 +13,13 @@ from peft import PeftConfig, PeftType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+_MODEL_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 def complete_config(
@@ -191,8 +200,9 @@ def choose_processing_class(
     return processing_class
 
 
-def check_folders(model: Any, instruct_model: Any, args: GIFTConfig) -> None:
+def check_folders(model: Any, instruct_model: Any, args: GIFTConfig, adapter: PeftConfig | None) -> None:
     """Refuses models beside which an adapter lies, and an output folder in which one would come to lie beside a model."""
+    output = Path(str(args.output_dir))
     init_kwargs: Any = args.model_init_kwargs or {}
     models = {name: init_kwargs.get("revision") for name in (model,) if isinstance(name, str)}
     models |= {name: args.instruct_model_revision for name in (instruct_model,) if isinstance(name, str)}
@@ -200,11 +210,19 @@ def check_folders(model: Any, instruct_model: Any, args: GIFTConfig) -> None:
     def check() -> None:
         for name, revision in models.items():
             refuse_adapter_beside(name, revision)
-            if os.path.isdir(name) and Path(name).resolve() == Path(str(args.output_dir)).resolve():
+            if os.path.isdir(name) and Path(name).resolve() == output.resolve():
                 raise ValueError(
                     f"`output_dir` is the folder of the model '{name}', beside which the adapter would lie, and be loaded with "
                     "it from then on. Choose another `output_dir`."
                 )
+        others = (ADAPTER_CONFIG_NAME,) if adapter is None else _MODEL_FILES
+        found = next((file for file in others if (output / file).is_file()), None)
+        if found is not None:
+            there, new = ("an adapter", "a whole model") if adapter is None else ("a whole model", "an adapter")
+            raise ValueError(
+                f"`output_dir` ('{output}') holds {there} of an earlier run ({found}), and {new} would be saved beside it: "
+                "transformers loads one with the other. Choose another `output_dir`, or move what it holds away."
+            )
 
     _ = args.world_size  # connects the processes
     together(check)

@@ -187,7 +187,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         self._data_digest = data_digest(train_dataset)
         self._check_checkpoint_early(model, args, adapter_config(model, peft_config))
         processing_class = choose_processing_class(model, instruct_model, args, processing_class)
-        check_folders(model, instruct_model, args)
+        check_folders(model, instruct_model, args, adapter_config(model, peft_config))
         if args.confidence_source == "online":
             prepare_processing_class(processing_class, args)  # refuses what the annotation would
         self._confidence_source = ConfidenceSource(

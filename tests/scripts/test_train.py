@@ -1,5 +1,6 @@
 import gzip
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from trl import DatasetMixtureConfig
 
 from gift_trl import GIFTConfig, merge_adapter
 from gift_trl.annotation import load_annotated_dataset, read_provenance
-from gift_trl.scripts import annotate, train
+from gift_trl.scripts import annotate, merge, train
 from gift_trl.scripts.arguments import GIFTScriptArguments
 from gift_trl.scripts.data import load_recipe_datasets
 from gift_trl.scripts.recipes import recipes_folder
@@ -109,6 +110,15 @@ def test_resuming_another_run_s_checkpoint_is_refused(recipe, tmp_path, fails, m
     monkeypatch.setattr("gift_trl.training.confidences.Annotator", lambda *args, **kwargs: pytest.fail("scored"))
     error = fails(train.main, "--config", config, "--confidence_exponent", "0")
     assert "made by another run: confidence_exponent (1.0, this run has 0.0)." in error and "`output_dir`" in error
+
+
+def test_a_model_that_was_trained_whole_names_its_merge(recipe, tmp_path, capsys):
+    train.main(["--config", recipe(use_peft=False, merge_output_dir=None, max_steps=1)])
+    told = capsys.readouterr().out
+    assert "The model, trained whole, is in" in told and "adapter is" not in told
+    command = shlex.split(told.split("by `gift-trl merge ")[1].split("`")[0].replace("DIR", str(tmp_path / "merged")))
+    merge.main(command)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_the_merged_model_does_not_replace_the_base_model(recipe, pair, fails):

@@ -379,6 +379,18 @@ def test_the_adapter_is_not_saved_beside_a_model(pair, config, conversations, no
             construct(pair, config, conversations, args=config(output_dir=f"{folder}/../{Path(folder).name}"))
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_adapters_and_whole_models_are_not_saved_into_one_folder(
+    pair, config, conversations, lora, tmp_path, no_weights, file
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text("{}")
+    holds_adapter = file == "adapter_config.json"
+    there, new = ("an adapter", "a whole model") if holds_adapter else ("a whole model", "an adapter")
+    with pytest.raises(ValueError, match=rf"holds {there} of an earlier run \({file}\), and {new} would be saved"):
+        construct(pair, config, conversations, peft_config=None if holds_adapter else lora)
+
+
 def test_an_adapter_on_the_head_is_refused(pair, config, conversations, no_weights):
     with pytest.raises(ValueError, match="`lm_head` is among the `target_modules`"):
         construct(pair, config, conversations, peft_config=LoraConfig(target_modules=["q_proj", "lm_head"]))
