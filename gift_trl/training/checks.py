@@ -1,6 +1,10 @@
 """What a GIFT run refuses, before a model is loaded."""
 
+import contextlib
+import copy
+import difflib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -9,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate import ParallelismConfig
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.initialization import no_init_weights
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import (
@@ -36,9 +41,11 @@ from gift_trl.annotation.provenance import (
     read_provenance,
 )
 from gift_trl.annotation.tokenization import prepare_processing_class
+from gift_trl.merging.conversion import build_skeleton
 from gift_trl.model_pair import (
     check_same_architecture,
     check_same_vocabulary,
+    load_config,
     load_tokenizer,
     refuse_adapter_beside,
 )
@@ -226,6 +233,44 @@ def check_folders(model: Any, instruct_model: Any, args: GIFTConfig, adapter: Pe
 
     _ = args.world_size  # connects the processes
     together(check)
+
+
+def check_target_names(model: Any, peft_config: PeftConfig | None, args: GIFTConfig) -> None:
+    """Refuses names of modules that the model has not: PEFT takes those it finds, and says nothing of the others."""
+    named = {field: getattr(peft_config, field, None) for field in ("target_modules", "modules_to_save")}
+    listed = {field: names for field, names in named.items() if isinstance(names, (list, set, tuple))}
+    if peft_config is None or not listed:
+        return
+    init_kwargs: Any = args.model_init_kwargs or {}
+    config = load_config(model, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+    try:
+        skeleton = build_skeleton(config)
+    except ValueError:  # a model with code of its own is left to PEFT
+        return
+    modules = [name for name, _ in (skeleton if isinstance(model, str) else model).named_modules()]
+    unknown = {
+        field: [
+            name
+            for name in sorted(names)
+            if not any(f".{module}".endswith(f".{name}" if field == "target_modules" else name) for module in modules)
+        ]
+        for field, names in listed.items()
+    }
+    if unknown.get("target_modules"):
+        # PEFT knows the names that some mixtures of experts had before their experts were one parameter
+        with contextlib.suppress(ValueError, NotImplementedError), warnings.catch_warnings(), no_init_weights():
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(skeleton, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
+            kept = adapted.active_peft_config.target_modules
+            unknown["target_modules"] = [name for name in unknown["target_modules"] if name in kept]
+    problems = []
+    known = sorted({part for module in modules for part in (module, module.rpartition(".")[2])})
+    for field, name in ((field, name) for field, names in unknown.items() for name in names):
+        meant = difflib.get_close_matches(name, known, n=1)
+        question = f"; did you mean `{meant[0]}`?" if meant else "."
+        problems.append(f"`{field}`: `{name}` matches no module of the model{question}")
+    if problems:
+        raise ValueError(f"{' '.join(problems)} PEFT would train an adapter without it.")
 
 
 def require_confidences(train_dataset: Any, eval_dataset: Any, instruct_model: Any) -> None:

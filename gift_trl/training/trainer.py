@@ -30,6 +30,7 @@ from gift_trl.training.callback import StageCallback, adapter_config
 from gift_trl.training.checks import (
     check_folders,
     check_supported,
+    check_target_names,
     choose_instruct_model,
     choose_processing_class,
     complete_config,
@@ -188,6 +189,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
         self._check_checkpoint_early(model, args, adapter_config(model, peft_config))
         processing_class = choose_processing_class(model, instruct_model, args, processing_class)
         check_folders(model, instruct_model, args, adapter_config(model, peft_config))
+        check_target_names(model, peft_config, args)
         if args.confidence_source == "online":
             prepare_processing_class(processing_class, args)  # refuses what the annotation would
         self._confidence_source = ConfidenceSource(

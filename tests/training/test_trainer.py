@@ -11,13 +11,22 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gift_trl import GIFTConfig, GIFTSFTTrainer, annotate_dataset
 from gift_trl.annotation import read_provenance
 from gift_trl.annotation.provenance import add_provenance
+from gift_trl.training.checks import check_target_names
 
 
 @pytest.fixture
@@ -394,6 +403,42 @@ def test_adapters_and_whole_models_are_not_saved_into_one_folder(
 def test_an_adapter_on_the_head_is_refused(pair, config, conversations, no_weights):
     with pytest.raises(ValueError, match="`lm_head` is among the `target_modules`"):
         construct(pair, config, conversations, peft_config=LoraConfig(target_modules=["q_proj", "lm_head"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "v_porj"]},
+            "`target_modules`: `v_porj` matches no module.*did you mean `v_proj`?",
+        ),
+        ({"target_modules": ["porj"]}, "`target_modules`: `porj` matches no module"),
+        (
+            {"target_modules": ["q_proj", "model.layers.7.self_attn.v_proj"]},
+            "`model.layers.7.self_attn.v_proj` matches no",
+        ),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["nrom"]}, "`modules_to_save`: `nrom` matches no"),
+    ],
+)
+def test_every_listed_module_must_be_one_of_the_model(pair, config, conversations, no_weights, settings, message):
+    with pytest.raises(ValueError, match=message):
+        construct(pair, config, conversations, peft_config=LoraConfig(r=4, **settings))
+
+
+def test_names_that_peft_knows_are_no_typos(config, tmp_path):
+    """Of experts that are one parameter now; and a list of whole names."""
+    moe = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    moe.save_pretrained(tmp_path / "moe")
+    for targets in (["q_proj", "w1", "w2", "w3"], ["model.layers.0.self_attn.q_proj", "self_attn.v_proj"]):
+        lora = LoraConfig(r=4, target_modules=targets, modules_to_save=["norm"])
+        check_target_names(str(tmp_path / "moe"), lora, config())
+        assert lora.target_modules == set(targets)
+    with pytest.raises(ValueError, match="`v_porj` matches no module"):
+        check_target_names(
+            str(tmp_path / "moe"), LoraConfig(r=4, target_modules=["w1", "w2", "w3", "v_porj"]), config()
+        )
 
 
 def test_packed_evaluation_sets_are_packed_once(pair, config, conversations, lora):
