@@ -140,7 +140,8 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
             The recipe.
         output_dir (`str` or `os.PathLike`):
             Folder to write the merged checkpoint to, outside all others. The recipe is written into it too, with the
-            commits of what came from the Hub, and mergekit's configuration of the same merge where there is one.
+            commits of what came from the Hub and the fingerprints of all weights, and mergekit's configuration of the same
+            merge where there is one.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace an `output_dir` that has something in it, once the merge has succeeded.
 
@@ -148,7 +149,7 @@ def merge_recipe(recipe: MergeRecipe, output_dir: str | os.PathLike, *, overwrit
         [`MergeReport`]: What was merged.
 
     Raises:
-        `ValueError`, `OSError`: As [`merge_adapter`].
+        `ValueError`, `OSError`: As [`merge_adapter`]; also if the recipe has the fingerprints of other weights.
     """
     with _old_objects_spared():
         report = _merge(recipe, output_dir, overwrite)
@@ -187,6 +188,8 @@ def _merge(recipe: MergeRecipe, output_dir: str | os.PathLike, overwrite: bool) 
         companions=companions,
         scaled_by_layers=recipe.is_plain,
     )
+    fingerprints = _fingerprints(plan)
+    recipe.check_fingerprints(fingerprints)
     cautions = list(plan.cautions)
     is_zero = bool(plan.adapters) and all(adapter.is_zero for adapter in plan.adapters)
     replaced = [t.module for adapter in plan.adapters for t in adapter.targets if t.replacement is not None]
@@ -231,12 +234,12 @@ def _merge(recipe: MergeRecipe, output_dir: str | os.PathLike, overwrite: bool) 
             cautions.append(f"Every update of the adapter is exactly zero: nothing was learned{nothing}.")
         elif not num_changed:
             cautions.append(_nothing_changed(recipe.scale, set(merged.values())))
-        effective = _effective(recipe, plan)
+        effective = dataclasses.replace(_effective(recipe, plan), **fingerprints)
         report = MergeReport(
             output_dir=Path(output_dir).expanduser().resolve(),
             instruct_model=effective.instruct_model,
             instruct_model_commit=_commit(plan.instruct_dir / "config.json"),
-            instruct_model_fingerprint=weights_fingerprint(plan.instruct_dir),
+            instruct_model_fingerprint=fingerprints["instruct_model_fingerprint"],
             adapter=" + ".join(effective.adapter) or effective.tuned_model,
             scale=float(scale),
             merged_tensors=merged,
@@ -256,6 +259,15 @@ def _merge(recipe: MergeRecipe, output_dir: str | os.PathLike, overwrite: bool) 
         effective.write(folder)
         _copy_companions(plan, folder)
     return report
+
+
+def _fingerprints(plan: MergePlan) -> dict[str, Any]:
+    """Of all weights that are merged, by the fields of a recipe."""
+    folders = {"instruct_model": plan.instruct_dir} | {role: folder for role, (folder, _) in plan.companions.items()}
+    return {
+        "adapter_fingerprint": [weights_fingerprint(adapter.folder) for adapter in plan.adapters],
+        **{f"{role}_fingerprint": weights_fingerprint(folder) for role, folder in folders.items()},
+    }
 
 
 def _commit(file: Path) -> str | None:

@@ -22,8 +22,9 @@ MERGEKIT_FILE = "mergekit_config.yml"
 COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 # Methods that also read the base model
 WITH_BASE = ("task_arithmetic", "re_adapt", "lore_adapt", "full_delta")
+_MODELS = ("instruct_model", "base_model", "tuned_model")
 _WITH_DENSITY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-_LISTS = ("adapter", "adapter_revision", "adapter_weight")
+_LISTS = ("adapter", "adapter_revision", "adapter_weight", "adapter_fingerprint")
 
 
 @dataclass
@@ -73,6 +74,10 @@ class MergeRecipe:
             Revisions on the Hub.
         saved_modules (`str`, *optional*):
             What to do with tensors that an adapter holds whole, see [`merge_adapter`].
+        adapter_fingerprint (`list[str]`, *optional*):
+            Fingerprint of each adapter's weights, as a recipe that was followed records it. Others are refused.
+        instruct_model_fingerprint, base_model_fingerprint, tuned_model_fingerprint (`str`, *optional*):
+            Those of the models.
     """
 
     instruct_model: str
@@ -93,11 +98,16 @@ class MergeRecipe:
     base_model_revision: str | None = None
     tuned_model_revision: str | None = None
     saved_modules: str | None = None
+    adapter_fingerprint: list[str | None] = field(default_factory=list)
+    instruct_model_fingerprint: str | None = None
+    base_model_fingerprint: str | None = None
+    tuned_model_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
         self.adapter_weight = list(self.adapter_weight or [1.0] * len(self.adapter))
         self.adapter_revision = list(self.adapter_revision or [None] * len(self.adapter))
+        self.adapter_fingerprint = list(self.adapter_fingerprint or [None] * len(self.adapter))
         if problems := self._problems():
             raise ValueError(" ".join(problems))
 
@@ -139,7 +149,7 @@ class MergeRecipe:
             problems.append("There is nothing to merge: set `adapter`.")
         elif self.tuned_model:
             problems.append(f"`tuned_model` is read by `full_delta` only, not by `{self.method}`: unset one of them.")
-        for name in ("adapter_weight", "adapter_revision"):
+        for name in ("adapter_weight", "adapter_revision", "adapter_fingerprint"):
             if len(getattr(self, name)) != len(self.adapter):
                 problems.append(
                     f"There are {len(self.adapter)} adapters and {len(getattr(self, name))} values of `{name}`: give one "
@@ -184,8 +194,38 @@ class MergeRecipe:
         return {
             key: value
             for key, value in fields.items()
-            if value is not None and value != [] and not (key == "adapter_revision" and not any(value))
+            if value is not None
+            and value != []
+            and not (key in ("adapter_revision", "adapter_fingerprint") and not any(value))
         }
+
+    def check_fingerprints(self, found: Mapping[str, Any]) -> None:
+        """
+        Refuses other weights than those of which a recipe was written.
+
+        Args:
+            found (`Mapping[str, Any]`):
+                Fingerprints by the names of the fields; under `adapter_fingerprint`, a list.
+
+        Raises:
+            `ValueError`: If one differs. A folder of the same name may be another one.
+        """
+        adapters = zip(self.adapter, self.adapter_fingerprint, found["adapter_fingerprint"], strict=True)
+        checked = [("adapter_fingerprint", *adapter) for adapter in adapters]
+        for role in _MODELS:
+            name = f"{role}_fingerprint"
+            checked += [(name, getattr(self, role), getattr(self, name), found[name])] if name in found else []
+        problems = [
+            f"'{name}' holds other weights than those that the recipe was written for (`{entry}`: {wanted[:12]}, here "
+            f"{there[:12]})"
+            for entry, name, wanted, there in checked
+            if wanted not in (None, there)
+        ]
+        if problems:
+            raise ValueError(
+                f"{'; '.join(problems)}. Give the path of the right one, or remove the fingerprint from the recipe to merge "
+                "what is here."
+            )
 
     def write(self, folder: Path) -> None:
         """
@@ -195,7 +235,13 @@ class MergeRecipe:
             folder (`Path`):
                 Folder of the merged checkpoint.
         """
-        text = f"# gift-trl merge --config {RECIPE_FILE} --output_dir DIR\n" + _yaml(self.to_dict())
+        text = f"# gift-trl merge --config {RECIPE_FILE} --output_dir DIR\n"
+        # What came from the Hub has a commit
+        folders = ["adapter"] if any(revision is None for revision in self.adapter_revision) else []
+        folders += [name for name in _MODELS if getattr(self, name) and not getattr(self, f"{name}_revision")]
+        if folders:
+            text += f"# Paths are not kept: fill in those of the folders of {', '.join(folders)}. Other weights are refused.\n"
+        text += _yaml(self.to_dict())
         (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
         report = folder / REPORT_FILE
         updates = json.loads(report.read_text(encoding="utf-8"))["updates"] if report.is_file() else []

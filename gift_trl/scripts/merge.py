@@ -56,7 +56,8 @@ class MergeScriptArguments:
             Folder to write the merged checkpoint to.
         adapter, adapter_revision, adapter_weight, method, scale, instruct_weight, density, majority_sign, seed, rank,
         explained_variance, base_model, tuned_model, instruct_model_revision, base_model_revision, tuned_model_revision,
-        saved_modules (*optional*):
+        saved_modules, adapter_fingerprint, instruct_model_fingerprint, base_model_fingerprint, tuned_model_fingerprint
+        (*optional*):
             As in [`~gift_trl.merging.MergeRecipe`].
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace an existing output folder.
@@ -130,6 +131,19 @@ class MergeScriptArguments:
             "biases and token embeddings): `replace` the instruct model's by them, or `ignore` them.",
             "choices": ["replace", "ignore"],
         },
+    )
+    adapter_fingerprint: list[str] = field(
+        default_factory=list,
+        metadata=_listed("Fingerprint of each adapter's weights, as a written recipe records it; others are refused."),
+    )
+    instruct_model_fingerprint: str | None = field(
+        default=None, metadata={"help": "Fingerprint of the instruct model's weights; others are refused."}
+    )
+    base_model_fingerprint: str | None = field(
+        default=None, metadata={"help": "Fingerprint of the base model's weights; others are refused."}
+    )
+    tuned_model_fingerprint: str | None = field(
+        default=None, metadata={"help": "Fingerprint of the tuned model's weights; others are refused."}
     )
     overwrite: bool = field(
         default=False,
@@ -241,7 +255,7 @@ def recipe_of(arguments: MergeScriptArguments) -> "MergeRecipe":
     from gift_trl.merging import MergeRecipe
 
     values = {entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(MergeRecipe)}
-    for name in ("adapter", "adapter_revision", "adapter_weight"):
+    for name in ("adapter", "adapter_revision", "adapter_weight", "adapter_fingerprint"):
         if not isinstance(values[name], list):
             values[name] = [values[name]]
     return MergeRecipe(**values)

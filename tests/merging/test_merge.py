@@ -537,6 +537,29 @@ def test_the_written_recipe_can_be_run_again(make_checkpoint, make_adapter, tmp_
         assert same_bits(tensors_of(tmp_path / "again")[name], tensor)
 
 
+def test_a_recipe_that_was_written_merges_no_other_weights(make_checkpoint, make_adapter, tmp_path, monkeypatch):
+    """Its paths are not kept: in another folder, there may be another adapter of the same name."""
+    instruct = make_checkpoint()
+    adapter = make_adapter(instruct, seed=1)
+    main(["--adapter", str(adapter), "--instruct_model", str(instruct), "--output_dir", str(tmp_path / "merged")])
+    recipe = tmp_path / "merged" / "merge_recipe.yaml"
+    assert "# Paths are not kept: fill in those of the folders of adapter, instruct_model." in recipe.read_text()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    shutil.move(make_adapter(instruct, "second", seed=2), adapter.name)
+    options = ["--config", str(recipe), "--output_dir", "again", "--instruct_model", str(instruct)]
+    with pytest.raises(
+        ValueError, match=rf"'{adapter.name}' holds other weights.*`adapter_fingerprint`.*the right one"
+    ):
+        main(options)
+    assert not Path("again").exists()
+    main([*options, "--adapter", str(adapter)])
+    assert tensors_of(Path("again")).keys() == tensors_of(tmp_path / "merged").keys()
+    shutil.copytree(make_checkpoint("another", seed=9), instruct.name)
+    with pytest.raises(ValueError, match="instruct_model_fingerprint"):
+        main(["--config", str(recipe), "--output_dir", "third", "--adapter", str(adapter)])
+
+
 def test_verify_on_the_command_line(make_checkpoint, make_adapter, tmp_path, capsys):
     instruct = make_checkpoint()
     (instruct / "tokenizer_config.json").unlink()
