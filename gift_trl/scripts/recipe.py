@@ -88,7 +88,12 @@ def make_recipe(options: argparse.Namespace) -> str:
     """
     from gift_trl.model_pair import check_same_architecture, check_same_vocabulary, load_config, load_tokenizer
     from gift_trl.planning.stages import build_skeleton
-    from gift_trl.scripts.recipe_facts import data_settings, linear_target_modules, read_template
+    from gift_trl.scripts.recipe_facts import (
+        can_mask_turns,
+        data_settings,
+        linear_target_modules,
+        read_template,
+    )
     from gift_trl.scripts.recipe_writer import RecipeChoices, write_recipe
 
     base_kwargs, instruct_kwargs = {"revision": options.base_revision}, {"revision": options.instruct_revision}
@@ -102,6 +107,13 @@ def make_recipe(options: argparse.Namespace) -> str:
         check_same_vocabulary(base_tokenizer, tokenizer)
     facts = read_template(tokenizer, options.instruct, options.instruct_revision)
     data, name = data_settings(options.dataset, options.prompt_column, options.completion_column)
+    notes = list(facts.notes)
+    if any(setting.key == "assistant_only_loss" for setting in data) and not can_mask_turns(tokenizer):
+        data = [setting for setting in data if setting.key != "assistant_only_loss"]
+        notes += [
+            "It does not mark the answers, so every turn of the data is a target. Questions and answers in two columns, or "
+            "`{% generation %}` in the template, make targets of the answers only."
+        ]
     config = load_config(options.base, **base_kwargs)
     skeleton = build_skeleton(config)
     targets = linear_target_modules(skeleton)
@@ -115,7 +127,7 @@ def make_recipe(options: argparse.Namespace) -> str:
         "",
         *hardware,
         "The instruct model's chat template:",
-        *(f"- {note}" for note in facts.notes),
+        *(f"- {note}" for note in notes),
     ]
     if any("expert" in module for module, _ in skeleton.named_modules()):
         header += [

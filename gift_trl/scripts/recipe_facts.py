@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from gift_trl.annotation.texts import check_conversations
 from gift_trl.data_files import load_local_data
@@ -119,6 +120,23 @@ def read_template(
     return TemplateFacts([*_describe(tokenizer, prompt, chat, stops), *notes], kwargs)
 
 
+def can_mask_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """
+    Whether `assistant_only_loss` is possible with a chat template.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with a chat template.
+
+    Returns:
+        `bool`: Whether the template marks the answers, or TRL has one in its place that does.
+    """
+    try:
+        return has_generation_markers(tokenizer.chat_template) or bool(get_training_chat_template(tokenizer))
+    except ValueError:
+        return False
+
+
 def _describe(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: str, stops: Sequence[int]) -> list[str]:
     tokens = [tokenizer.convert_ids_to_tokens(token_id) for token_id in stops]
     end = chat.rpartition(_ANSWER)[2].strip()
@@ -186,6 +204,8 @@ def data_settings(dataset: str, prompt_column: str | None, completion_column: st
         if not {"messages", "input_ids", "text", "prompt"} & {*columns}:
             message = getattr(features["conversations"], "feature", None)
             check_conversations(message if isinstance(message, dict) else (), dataset)
+        if not {"input_ids", "prompt"} & {*columns}:
+            lines.append(Setting("assistant_only_loss", True, "false: every turn is a target, as SFTTrainer has it"))
         return lines, name
     question = next((column for column in _QUESTIONS if column in columns), None)
     answer = next((column for column in _ANSWERS if column in columns), None)

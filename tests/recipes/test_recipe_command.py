@@ -50,6 +50,21 @@ def test_what_is_written_runs(pair, data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / found["merge_output_dir"] / "model.safetensors").is_file()
 
 
+def test_messages_train_the_answers(pair, tmp_path, make_model, tokenizer):
+    path = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    path.write_text(json.dumps({"messages": chat}) + "\n")
+    assert write(pair, str(path), tmp_path / "recipe.yaml")["assistant_only_loss"] is True
+    make_model(tmp_path / "unmarked")
+    unmarked = copy.deepcopy(tokenizer)
+    unmarked.chat_template = unmarked.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    unmarked.save_pretrained(tmp_path / "unmarked")
+    assert "assistant_only_loss" not in write(
+        (pair[0], str(tmp_path / "unmarked")), str(path), tmp_path / "other.yaml"
+    )
+    assert "every turn of the data is a target" in (tmp_path / "other.yaml").read_text()
+
+
 def test_the_paper_s_data_by_name(pair, tmp_path, capsys):
     recipe.main(["--base", pair[0], "--instruct", pair[1], "--dataset", "medical", "--max_length", "1024"])
     found = yaml.safe_load(capsys.readouterr().out)
@@ -103,7 +118,8 @@ def test_a_gpu_that_is_too_small(pair, data, tmp_path):
 @pytest.mark.parametrize(
     "columns, expected",
     [
-        (["problem", "solution", "messages"], {}),
+        (["problem", "solution", "messages"], {"assistant_only_loss": True}),
+        (["prompt", "messages"], {}),
         (["problem", "solution", "source"], {"prompt_column": "problem", "completion_column": "solution"}),
         (["instruction", "input", "output"], {"prompt_column": "instruction", "completion_column": "output"}),
         (["prompt", "completion"], {"prompt_column": "prompt", "completion_column": "completion"}),
@@ -125,7 +141,10 @@ def test_messages_in_a_column_of_another_name(tmp_path):
     # Those of the second are stored as JSON, whose keys are not known here
     for messages in ([{"from": "user", "value": "a"}], [{"from": "user", "value": "a"}, {"from": "gpt"}]):
         path.write_text(json.dumps({"conversations": messages}))
-        assert [line.key for line in data_settings(str(path), None, None)[0]] == ["dataset_name"]
+        assert [line.key for line in data_settings(str(path), None, None)[0]] == [
+            "dataset_name",
+            "assistant_only_loss",
+        ]
 
 
 def test_columns_that_are_not_recognised(tmp_path):
