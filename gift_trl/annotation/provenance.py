@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from trl.trainer.utils import get_config_model_id
 
 from gift_trl.checkpoints import checkpoint_folder, weights_fingerprint
+from gift_trl.model_pair import refuse_adapter_beside
 
 
 # One line of `Dataset.info.description`, which datasets keeps through map, filter, shuffle, select and save_to_disk
@@ -191,11 +192,7 @@ def identify_code(folder: str) -> str:
         `ValueError`: If an adapter lies in the folder, which transformers would load with the model.
     """
     path = Path(folder).expanduser()
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"'{folder}' holds an adapter beside the model, which would be loaded with it. Merge it into the model, or move "
-            "`adapter_config.json` and its weights to a folder of their own."
-        )
+    refuse_adapter_beside(str(path))
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     # Changed by saving the model again, and by nothing else
     config = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
