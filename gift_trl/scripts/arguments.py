@@ -218,6 +218,10 @@ class MergeArguments:
     hub_overwrite: bool = field(default=False, metadata={"help": "Replace what the repositories hold of another run."})
 
     def __post_init__(self):
+        for name in ("merge_output_dir", "hub_merged_model_id", "hub_merged_revision", "hub_merged_tag"):
+            # On the command line, where a number is unset by the same word
+            if str(getattr(self, name)).lower() == "none":
+                setattr(self, name, None)
         if self.merge_saved_modules not in (None, "replace", "ignore"):
             raise ValueError(
                 f"`merge_saved_modules` is {self.merge_saved_modules!r}; choose `replace` or `ignore`, or unset it."

@@ -247,3 +247,9 @@ def test_compressed_data(recipe, tmp_path):
     (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress((tmp_path / "data.jsonl").read_bytes()))
     train.main(["--config", path])
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_merge_is_unset_on_the_command_line(recipe):
+    given = ["--merge_output_dir", "none", "--hub_merged_model_id", "None"]
+    arguments = train.make_parser().parse_args_and_config(["--config", recipe(hub_merged_model_id="user/x"), *given])
+    assert not arguments[-1].is_asked_for
