@@ -312,7 +312,12 @@ class RecipeParser(TrlParser):
         )
 
     def parse_args_and_config(self, args: list[str] | None = None, **kwargs) -> tuple:
-        return super().parse_args_and_config(self.find_recipe(sys.argv[1:] if args is None else args), **kwargs)
+        parsed = super().parse_args_and_config(self.find_recipe(sys.argv[1:] if args is None else args), **kwargs)
+        for values in parsed:
+            for name in ("model_name_or_path", "instruct_model_name_or_path"):
+                if str(getattr(values, name, None)).startswith("~"):  # in a recipe, where no shell expands it
+                    setattr(values, name, os.path.expanduser(getattr(values, name)))
+        return parsed
 
     def find_recipe(self, args: list[str]) -> list[str]:
         """

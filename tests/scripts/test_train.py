@@ -253,3 +253,11 @@ def test_a_merge_is_unset_on_the_command_line(recipe):
     given = ["--merge_output_dir", "none", "--hub_merged_model_id", "None"]
     arguments = train.make_parser().parse_args_and_config(["--config", recipe(hub_merged_model_id="user/x"), *given])
     assert not arguments[-1].is_asked_for
+
+
+def test_models_in_the_home_folder(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    names = {"model_name_or_path": "~/base", "instruct_model_name_or_path": "~/instruct"}
+    _, training_args, model_args, *_ = train.make_parser().parse_args_and_config(["--config", recipe(**names)])
+    assert training_args.instruct_model_name_or_path == "/somewhere/instruct"
+    assert model_args.model_name_or_path == "/somewhere/base"
