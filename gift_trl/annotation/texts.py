@@ -164,11 +164,9 @@ def _lacking_key(message: Any, form: _Format) -> str | None:
         return form.role
     if message.get(form.content) is not None:
         return None
-    # An assistant may call a tool, or think, and say nothing
+    # An assistant may call a tool, or think, and say nothing; what a tool says may stand under another key
     others = [value for key, value in message.items() if key not in (form.role, "name")]
-    says = message[form.role] == "assistant" and any(
-        isinstance(value, (str, list, dict)) and value for value in others
-    )
+    says = message[form.role] != "user" and any(isinstance(value, (str, list, dict)) and value for value in others)
     return None if says else form.content
 
 

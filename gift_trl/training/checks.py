@@ -184,6 +184,15 @@ def choose_instruct_model(instruct_model: Any, args: GIFTConfig) -> str | PreTra
     return instruct_model
 
 
+def _base_kwargs(args: GIFTConfig) -> dict[str, Any]:
+    """What the configuration and the tokenizer of the base model are loaded with."""
+    init_kwargs: Any = args.model_init_kwargs or {}
+    return {
+        "revision": init_kwargs.get("revision"),
+        "trust_remote_code": init_kwargs.get("trust_remote_code", args.trust_remote_code),
+    }
+
+
 def choose_processing_class(
     model: Any,
     instruct_model: str | PreTrainedModel | None,
@@ -191,8 +200,7 @@ def choose_processing_class(
     processing_class: PreTrainedTokenizerBase | None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the run, by default the instruct model's; refuses models that do not fit together."""
-    init_kwargs: Any = args.model_init_kwargs or {}
-    base_kwargs = {"revision": init_kwargs.get("revision"), "trust_remote_code": args.trust_remote_code}
+    base_kwargs = _base_kwargs(args)
     if instruct_model is None:
         return load_tokenizer(model, **base_kwargs) if processing_class is None else processing_class
     instruct_kwargs = {"revision": args.instruct_model_revision, "trust_remote_code": args.trust_remote_code}
@@ -218,9 +226,13 @@ def check_folders(model: Any, instruct_model: Any, args: GIFTConfig, adapter: Pe
         for name, revision in models.items():
             refuse_adapter_beside(name, revision)
             if os.path.isdir(name) and Path(name).resolve() == output.resolve():
+                consequence = (
+                    "whose weights would be replaced"
+                    if adapter is None
+                    else "beside which the adapter would lie, and be loaded with it from then on"
+                )
                 raise ValueError(
-                    f"`output_dir` is the folder of the model '{name}', beside which the adapter would lie, and be loaded with "
-                    "it from then on. Choose another `output_dir`."
+                    f"`output_dir` is the folder of the model '{name}', {consequence}. Choose another `output_dir`."
                 )
         others = (ADAPTER_CONFIG_NAME,) if adapter is None else _MODEL_FILES
         found = next((file for file in others if (output / file).is_file()), None)
@@ -241,8 +253,7 @@ def check_target_names(model: Any, peft_config: PeftConfig | None, args: GIFTCon
     listed = {field: names for field, names in named.items() if isinstance(names, (list, set, tuple))}
     if peft_config is None or not listed:
         return
-    init_kwargs: Any = args.model_init_kwargs or {}
-    config = load_config(model, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+    config = load_config(model, **_base_kwargs(args))
     try:
         skeleton = build_skeleton(config)
     except ValueError:  # a model with code of its own is left to PEFT

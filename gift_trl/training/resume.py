@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
@@ -127,20 +127,25 @@ def find_checkpoint(args: TrainingArguments, wanted: str | bool | None) -> str |
     return None if found[0] is None else str(Path(str(args.output_dir)) / found[0])
 
 
-def data_digest(dataset: Dataset | IterableDataset) -> str | None:
+def data_digest(dataset: Dataset | IterableDataset, text_field: str) -> str | None:
     """
     Identifies training data by the number of its rows and the content of some of them.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Training data as it was given. Annotated data count as the data that were annotated.
+        text_field (`str`):
+            Name of the column with plain text.
 
     Returns:
         `str` or `None`: Number of rows and digest; `None` for a stream, which is not read ahead of the training.
     """
     if not isinstance(dataset, Dataset):
         return None
-    columns = [name for name in dataset.column_names if name not in {*_ADDED_COLUMNS, "input_ids"}]
+    known = {"prompt", "completion", "messages", "conversations", text_field}
+    columns = [name for name in dataset.column_names if name in known]
+    # A formatting function reads whatever it wants
+    columns = columns or [name for name in dataset.column_names if name not in {*_ADDED_COLUMNS, "input_ids"}]
     columns = columns or [name for name in dataset.column_names if name == "input_ids"]
     read = min(_ROWS_READ, len(dataset))
     # In Arrow: a transform may be drawn at random
@@ -204,8 +209,12 @@ def _compare(
         old, new = getattr(known, name), getattr(run, name)
         if not _may_be_same(old, new):
             differing.append(_difference(name, old.name, new.name))
+    other_data = []
     if None not in (known.data, run.data) and known.data != run.data:
-        differing.append(_difference("training data", known.data, run.data))
+        other_data.append(_difference("training data", known.data, run.data))
+        end = _end_of(checkpoint, args)
+        if end is not None and end.is_over:  # else the rest of the run sees the new data
+            differing += other_data
     if loaded and known.settings.get(_BORROWED) != run.settings.get(_BORROWED):
         differing.append(_difference(_BORROWED, known.settings.get(_BORROWED), run.settings.get(_BORROWED)))
     differing += _adapter_differences(checkpoint, known.peft_type, peft_config, loaded)
@@ -214,7 +223,7 @@ def _compare(
             f"`{checkpoint}` was made by another run: {'; '.join(differing)}. To train this one, choose another "
             "`output_dir`, or unset `resume_from_checkpoint`; to go on with that one, give it its own settings."
         ), []
-    changed = _differences(
+    changed = other_data + _differences(
         {name: known.settings[name] for name in _CHANGEABLE if name in known.settings}, run.settings
     )
     for name in ("base_model", "instruct_model"):
@@ -284,6 +293,9 @@ def _adapter_fields(peft_config: PeftConfig) -> dict[str, Any]:
     if peft_config.peft_type == PeftType.ADALORA:  # which finds it during the training
         dropped = dropped | {"rank_pattern"}
     fields = {name: value for name, value in peft_config.to_dict().items() if name not in dropped}
+    # The checkpoint is loaded over them, but for those that have changed the base model
+    if not str(fields.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):
+        fields.pop("init_lora_weights", None)
     fields = json.loads(
         json.dumps(fields, default=lambda value: list(value) if isinstance(value, set) else str(value))
     )
@@ -293,24 +305,48 @@ def _adapter_fields(peft_config: PeftConfig) -> dict[str, Any]:
     }
 
 
-def _nothing_left(checkpoint: Path, args: TrainingArguments) -> str | None:
-    """Says so if a run ends before its checkpoint; not if it is the complete run itself, started once more."""
+class _End(NamedTuple):
+    """
+    Where a run ends that goes on from a checkpoint.
+
+    Args:
+        step (`int`):
+            Step of the checkpoint.
+        end (`str`):
+            The end in words.
+        is_over (`bool`):
+            Whether the checkpoint is at that end, or behind it.
+        is_same (`bool`):
+            Whether the run of the checkpoint had the same one.
+    """
+
+    step: int
+    end: str
+    is_over: bool
+    is_same: bool
+
+
+def _end_of(checkpoint: Path, args: TrainingArguments) -> _End | None:
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        step: int = state["global_step"]
         if args.max_steps > 0:
-            is_over, same = state["global_step"] >= args.max_steps, state["max_steps"] == args.max_steps
             end = f"step {args.max_steps} (`max_steps`)"
-        else:
-            is_over = state["epoch"] >= args.num_train_epochs
-            same = state["num_train_epochs"] == math.ceil(args.num_train_epochs)
-            end = f"epoch {args.num_train_epochs:g} (`num_train_epochs`)"
+            return _End(step, end, step >= args.max_steps, state["max_steps"] == args.max_steps)
+        end, epochs = f"epoch {args.num_train_epochs:g} (`num_train_epochs`)", args.num_train_epochs
+        return _End(step, end, state["epoch"] >= epochs, state["num_train_epochs"] == math.ceil(epochs))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not is_over or same:
+
+
+def _nothing_left(checkpoint: Path, args: TrainingArguments) -> str | None:
+    """Says so if a run ends before its checkpoint; not if it is the complete run itself, started once more."""
+    found = _end_of(checkpoint, args)
+    if found is None or not found.is_over or found.is_same:
         return None
     return (
-        f"Nothing is trained: `{checkpoint.name}` is at step {state['global_step']}, and this run ends with {end}. What is "
-        "saved is the checkpoint."
+        f"Nothing is trained: `{checkpoint.name}` is at step {found.step}, and this run ends with {found.end}. What is saved is "
+        "the checkpoint."
     )
 
 

@@ -185,7 +185,7 @@ optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, pe
                 "`instruct_model_name_or_path`."
             )
         self._dataset_sources = dataset_sources(train_dataset)
-        self._data_digest = data_digest(train_dataset)
+        self._data_digest = data_digest(train_dataset, args.dataset_text_field)
         self._check_checkpoint_early(model, args, adapter_config(model, peft_config))
         processing_class = choose_processing_class(model, instruct_model, args, processing_class)
         check_folders(model, instruct_model, args, adapter_config(model, peft_config))

@@ -347,7 +347,8 @@ def test_conversations_without_an_assistant_are_named(pair):
 def test_a_tool_call_needs_no_content(pair, tokenizer):
     template = copy.deepcopy(tokenizer)
     template.chat_template = template.chat_template.replace("message['content']", "(message['content'] or 'add')")
-    dataset = Dataset.from_dict({"messages": [[*chat("a"), TOOL_CALL], chat("a", "b")]})
+    result = {"role": "tool", "content": None, "result": "4"}  # in a template of its own
+    dataset = Dataset.from_list([{"messages": [*chat("a"), TOOL_CALL, result]}, {"messages": chat("a", "b")}])
     assert len(annotate_dataset(dataset, pair[1], template)) == 2
 
 

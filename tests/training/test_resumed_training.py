@@ -205,8 +205,6 @@ def test_every_process_goes_on_from_the_same_checkpoint(tmp_path, config, monkey
         ({"confidence_exponent": 0.0}, r"confidence_exponent \(1\.0, this run has 0\.0\)"),
         ({"eos_confidence": None}, r"eos_confidence \(1\.0, this run has None\)"),
         ({"model": 1}, r"base_model \(base, this run has instruct\)"),
-        ({"data": 7}, r"training data \(8 rows, digest \w+, this run has 7 rows"),
-        ({"data": -1}, r"training data \(8 rows, digest \w+, this run has 8 rows"),
         ({"adapter": {"r": 8}}, r"r \(4, this run has 8\)"),
         (
             {"adapter": {"target_modules": ["q_proj"]}},
@@ -214,16 +212,13 @@ def test_every_process_goes_on_from_the_same_checkpoint(tmp_path, config, monkey
         ),
         ({"adapter": None}, r"adapter \(LORA, this run has none\)"),
     ],
-    ids=["exponent", "eos", "model", "rows", "other rows", "rank", "targets", "whole model"],
+    ids=["exponent", "eos", "model", "rank", "targets", "whole model"],
 )
-def test_a_checkpoint_of_another_run_is_refused(interrupted, pair, conversations, lora, other, named):
+def test_a_checkpoint_of_another_run_is_refused(interrupted, pair, lora, other, named):
     folder, train, _ = interrupted
     other = dict(other)
     if "model" in other:
         other["model"] = pair[other["model"]]
-    if "data" in other:
-        rows = other["data"]
-        other["data"] = conversations.select(range(rows) if rows > 0 else range(7, -1, -1))
     if other.get("adapter"):
         other["adapter"] = LoraConfig(**{**lora.to_dict(), **other["adapter"]})
     with pytest.raises(ValueError, match=rf"checkpoint-4` was made by another run: {named}.*another `output_dir`"):
@@ -249,6 +244,24 @@ def test_annotated_data_are_those_that_were_annotated(interrupted, pair, convers
     folder, train, _ = interrupted
     annotated = annotate_dataset(conversations, pair[1])
     assert train(folder, resume=True, data=annotated).state.global_step == 6
+
+
+@pytest.mark.parametrize("rows", [range(7), range(7, -1, -1)], ids=["fewer", "others"])
+def test_other_data_are_warned_of_and_refused_if_none_is_trained_on(interrupted, conversations, caplog, rows):
+    folder, train, whole = interrupted
+    data = conversations.select(rows)
+    with pytest.raises(ValueError, match=r"training data \(8 rows, digest \w+, this run has \d rows"):
+        train(whole.args.output_dir, resume=True, data=data)
+    assert train(folder, resume=True, data=data).state.global_step == 6
+    assert caplog.text.count("with other settings: training data (8 rows") == 1
+
+
+def test_what_the_training_does_not_read_may_change(interrupted, conversations, lora, caplog):
+    folder, train, _ = interrupted
+    data = conversations.add_column("id", list(range(len(conversations))))
+    adapter = LoraConfig(**{**lora.to_dict(), "init_lora_weights": "gaussian"})
+    assert train(folder, resume=True, data=data, adapter=adapter).state.global_step == 6
+    assert "other settings" not in caplog.text
 
 
 def test_what_may_change_on_the_way_is_warned_of(interrupted, caplog):
