@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
-from transformers.utils import find_adapter_config_file
+from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 from trl.trainer.utils import get_config_model_id
 
 
@@ -57,7 +57,7 @@ def load_config(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedConfig
     except (OSError, ValueError) as error:
         if _needs_trust(error):
             raise
-        if os.path.isfile(os.path.join(model, "adapter_config.json")):
+        if os.path.isfile(os.path.join(model, ADAPTER_CONFIG_NAME)):
             raise FileNotFoundError(
                 f"`{model}` holds an adapter, and no model: merge it into the instruct model first (`gift-trl merge`), and "
                 "give the folder of the merged model."

@@ -218,9 +218,8 @@ def choose_processing_class(
 def check_folders(model: Any, instruct_model: Any, args: GIFTConfig, adapter: PeftConfig | None) -> None:
     """Refuses models beside which an adapter lies, and an output folder in which one would come to lie beside a model."""
     output = Path(str(args.output_dir))
-    init_kwargs: Any = args.model_init_kwargs or {}
-    models = {name: init_kwargs.get("revision") for name in (model,) if isinstance(name, str)}
-    models |= {name: args.instruct_model_revision for name in (instruct_model,) if isinstance(name, str)}
+    given = ((model, _base_kwargs(args)["revision"]), (instruct_model, args.instruct_model_revision))
+    models = {name: revision for name, revision in given if isinstance(name, str)}
 
     def check() -> None:
         for name, revision in models.items():
