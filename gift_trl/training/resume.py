@@ -295,7 +295,7 @@ def _adapter_fields(peft_config: PeftConfig) -> dict[str, Any]:
     fields = {name: value for name, value in peft_config.to_dict().items() if name not in dropped}
     # The checkpoint is loaded over them, but for those that have changed the base model
     if not str(fields.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):
-        fields.pop("init_lora_weights", None)
+        fields["init_lora_weights"] = None
     fields = json.loads(
         json.dumps(fields, default=lambda value: list(value) if isinstance(value, set) else str(value))
     )

@@ -210,9 +210,10 @@ def test_every_process_goes_on_from_the_same_checkpoint(tmp_path, config, monkey
             {"adapter": {"target_modules": ["q_proj"]}},
             r"target_modules \(down_proj, gate_proj, .*, v_proj, this run has q_proj\)",
         ),
+        ({"adapter": {"init_lora_weights": "pissa"}}, r"init_lora_weights \(None, this run has pissa\)"),
         ({"adapter": None}, r"adapter \(LORA, this run has none\)"),
     ],
-    ids=["exponent", "eos", "model", "rank", "targets", "whole model"],
+    ids=["exponent", "eos", "model", "rank", "targets", "changed base", "whole model"],
 )
 def test_a_checkpoint_of_another_run_is_refused(interrupted, pair, lora, other, named):
     folder, train, _ = interrupted
